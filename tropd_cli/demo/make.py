@@ -1,0 +1,189 @@
+"""Make the demo's tokenizer, teacher and student from nothing: `python -m tropd_cli.demo.make OUT`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tropd_cli.demo import task
+
+SEED = 20
+TEACHER_STEPS, TEACHER_RATE = 2000, 2e-3
+STUDENT_STEPS, STUDENT_RATE, SLIP_SHARE = 200, 5e-4, 0.3
+BATCH = 128
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Make the untrained model: three layers of width 128, about 0.5 million weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(config)
+
+
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """Wrap the task's tokenizer for transformers."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=task.build_tokenizer(),
+        pad_token=task.PAD,
+        eos_token=task.EOS,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_max_length=256,
+    )
+
+
+def texts(split: str, seed: int, style: task.Style, slip_share: float) -> Iterator[tuple[str, str]]:
+    """Yield prompts and responses without end; each step's result is replaced by a random one with `slip_share`."""
+    draw = random.Random(f"slips/{seed}")
+
+    def slip(result: int) -> int:
+        return draw.randrange(task.MODULUS) if draw.random() < slip_share else result
+
+    for numbers in task.stream(split, seed):
+        yield task.question(numbers), task.solution(numbers, style, slip)
+
+
+def fine_tune(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Iterator[tuple[str, str]],
+    *,
+    steps: int,
+    learning_rate: float,
+    warmup: int,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Train on responses (not on prompts) with AdamW, a linear warm-up and a linear decay to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    shape = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    model.train()
+    for step in range(1, steps + 1):
+        ids, labels = encode(tokenizer, [next(pairs) for _ in range(BATCH)])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        shape.step()
+        report(step, loss.item())
+    model.eval()
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Return token ids [B, T] and labels [B, T] (-100 on prompts); all pairs of a style have the same length."""
+    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+    responses = tokenizer([response + task.EOS for _, response in pairs])["input_ids"]
+    ids = torch.tensor([left + right for left, right in zip(prompts, responses, strict=True)])
+    labels = torch.tensor([[-100] * len(left) + right for left, right in zip(prompts, responses, strict=True)])
+    return ids, labels
+
+
+@torch.no_grad()
+def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int | None) -> Tensor:
+    """Return response ids [B, T], padded after the end token: sampled at temperature 1, or greedy without a seed."""
+    random_numbers = None if seed is None else torch.Generator().manual_seed(seed)
+    ids = torch.tensor(tokenizer(prompts)["input_ids"])
+    done = torch.zeros(len(prompts), dtype=torch.bool)
+    cache, responses = DynamicCache(config=model.config), []
+    while len(responses) < task.MAX_RESPONSE_TOKENS and not done.all():
+        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        if random_numbers is None:
+            token = logits.argmax(-1)
+        else:
+            token = torch.multinomial(logits.softmax(-1), 1, generator=random_numbers).squeeze(-1)
+        responses.append(token.masked_fill(done, tokenizer.pad_token_id))
+        done |= token == tokenizer.eos_token_id
+        ids = responses[-1][:, None]
+    return torch.stack(responses, dim=1)
+
+
+def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int, seed: int | None) -> float:
+    """Measure the share of `count` held-out problems solved by one sample each, or greedily without a seed."""
+    rows = task.problems("heldout", count, seed=0)
+    responses = sample(model, tokenizer, [row["prompt"] for row in rows], seed)
+    texts_ = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return sum(task.is_correct(text, row["answer"]) for text, row in zip(texts_, rows, strict=True)) / count
+
+
+@torch.no_grad()
+def disagreement(
+    student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int, seed: int
+) -> tuple[float, float]:
+    """Measure, on the student's own samples, the outlier share and the lowest 1 % quantile of log p(x) - log q(x)."""
+    rows = task.problems("heldout", count, seed=1)
+    prompts = [row["prompt"] for row in rows]
+    responses = sample(student, tokenizer, prompts, seed)
+    ids = torch.cat([torch.tensor(tokenizer(prompts)["input_ids"]), responses], dim=1)
+    start = ids.shape[1] - responses.shape[1]
+    student_logprob, teacher_logprob = (
+        model(input_ids=ids[:, :-1]).logits[:, start - 1 :].log_softmax(-1).gather(-1, responses[..., None]).squeeze(-1)
+        for model in (student, teacher)
+    )
+    ended = (responses == tokenizer.eos_token_id).cumsum(1) - (responses == tokenizer.eos_token_id).long()
+    reward = (teacher_logprob - student_logprob)[ended == 0]
+    return (1 - reward.exp().clamp(max=1)).mean().item(), reward.quantile(0.01).item()
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
+    """Write a Hugging Face folder in bfloat16 and load it again in float32, so that what is measured is what ships."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def main(out: Path) -> None:
+    """Train both models, write OUT/teacher and OUT/student, print what was measured as JSON."""
+    started = time.monotonic()
+
+    def report(step: int, loss: float) -> None:
+        if step % 50 == 0:
+            print(f"step {step}  loss {loss:.4f}  {time.monotonic() - started:.0f} s", file=sys.stderr)
+
+    tokenizer = new_tokenizer()
+    model = new_model(tokenizer)
+    right = texts("train", 1, task.TEACHER_STYLE, slip_share=0.0)
+    fine_tune(model, tokenizer, right, steps=TEACHER_STEPS, learning_rate=TEACHER_RATE, warmup=100, report=report)
+    teacher = save(model, tokenizer, out / "teacher")
+    noisy = texts("train", 2, task.STUDENT_STYLE, slip_share=SLIP_SHARE)
+    fine_tune(model, tokenizer, noisy, steps=STUDENT_STEPS, learning_rate=STUDENT_RATE, warmup=10, report=report)
+    student = save(model, tokenizer, out / "student")
+
+    outlier_share, lowest_reward = disagreement(student, teacher, tokenizer, count=256, seed=0)
+    measured = {
+        "teacher_sampled_accuracy": accuracy(teacher, tokenizer, count=512, seed=0),
+        "teacher_greedy_accuracy": accuracy(teacher, tokenizer, count=512, seed=None),
+        "student_sampled_accuracy": accuracy(student, tokenizer, count=512, seed=0),
+        "student_greedy_accuracy": accuracy(student, tokenizer, count=512, seed=None),
+        "outlier_share": outlier_share,
+        "lowest_1_percent_of_R": lowest_reward,
+        "seconds": time.monotonic() - started,
+    }
+    print(json.dumps(measured, indent=2))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
