@@ -1,0 +1,147 @@
+"""What the frozen models say about a rollout's tokens: nothing more than a strategy declared. No gradient.
+
+Axes: N valid response tokens, K teacher top-k, V vocabulary, c tokens of one chunk. Units: nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from strategies import Needs
+
+from .batching import TokenBatch
+from .models import Head, LanguageModel
+
+#: Size of one [c, V] float32 chunk in bytes. On CPUs larger chunks fall out of the cache; on GPUs small ones waste it.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+
+
+@dataclass
+class Scores:
+    """Per-token results of the frozen models, [N] or [N, K]; None where not asked for.
+
+    teacher_topk_ids [N, K] int64. teacher_rank [N]: 0 when the sampled token is the teacher's first choice.
+    teacher_full: slice -> [c, V of the student] log p, for strategies that read full distributions.
+    """
+
+    teacher_logprob: Tensor
+    teacher_entropy: Tensor | None = None
+    teacher_topk_logprob: Tensor | None = None
+    teacher_topk_ids: Tensor | None = None
+    teacher_rank: Tensor | None = None
+    reference_logprob: Tensor | None = None
+    teacher_full: Callable[[slice], Tensor] | None = None
+
+    def replace(self, **tensors: Tensor | None) -> Scores:
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """temperature tempers p; allowed [V of the student] bool: ids that may stand in top-k; rank: compute teacher_rank."""
+
+    temperature: float
+    allowed: Tensor
+    rank: bool = False
+    chunk_tokens: int | None = None
+
+
+def chunk_slices(count: int, vocabulary: int, device: torch.device, chunk_tokens: int | None = None) -> Iterator[slice]:
+    """Cuts N tokens into chunks whose [c, V] float32 logits stay within the budget of the device."""
+    size = chunk_tokens or max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def response_hidden(language_model: LanguageModel, inputs: Tensor, predicts: Tensor) -> Tensor:
+    """[N, H] hidden states that predict the response tokens. Right padding needs no attention mask: causal rows never
+    see it."""
+    hidden = language_model.backbone(input_ids=inputs, use_cache=False).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])[predicts]
+
+
+@torch.no_grad()
+def score_teacher(teacher: LanguageModel, batch: TokenBatch, needs: Needs, options: ScoringOptions) -> Scores:
+    """Teacher log-probability of every sampled token, and whatever else `needs` declares, in one forward.
+
+    Args:
+        needs: teacher_entropy, teacher_top_k and full_distribution are looked at; teacher_logprob always comes.
+    """
+    head = teacher.head
+    hidden = response_hidden(teacher, batch.teacher_inputs, batch.teacher_predicts)
+    k = min(needs.teacher_top_k, int(options.allowed.sum()))
+    forbidden = _forbidden(options.allowed, teacher.vocabulary, hidden.device)
+    parts: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        parts.setdefault(name, []).append(value)
+
+    for where in chunk_slices(len(batch), teacher.vocabulary, hidden.device, options.chunk_tokens):
+        logits = head(hidden[where])
+        if options.temperature != 1.0:
+            logits = logits / options.temperature
+        normaliser = logits.logsumexp(-1, keepdim=True)
+        sampled = logits.gather(1, batch.token_ids[where].unsqueeze(1))
+        keep("teacher_logprob", (sampled - normaliser).squeeze(1))
+        if needs.teacher_entropy:
+            expected = torch.einsum("cv,cv->c", (logits - normaliser).exp_(), logits.clamp_min(-1e30))
+            keep("teacher_entropy", normaliser.squeeze(1) - expected)
+        if options.rank:
+            keep("teacher_rank", (logits > sampled).sum(-1))
+        if k:
+            if forbidden is not None:
+                logits.masked_fill_(forbidden, -torch.inf)
+            values, ids = logits.topk(k, dim=-1)
+            keep("teacher_topk_logprob", values - normaliser)
+            keep("teacher_topk_ids", ids)
+    if not len(batch):
+        return _empty_scores(needs, k, hidden)
+    scores = Scores(**{name: torch.cat(values) for name, values in parts.items()})
+    if needs.full_distribution:
+        width = options.allowed.shape[0]
+        scores.teacher_full = lambda where: _full_logprobs(head, hidden[where], options.temperature, width)
+    return scores
+
+
+@torch.no_grad()
+def score_reference(reference: LanguageModel, batch: TokenBatch, options: ScoringOptions) -> Tensor:
+    """[N] log-probability of every sampled token under the reference model, which sees the student's prompt."""
+    head = reference.head
+    hidden = response_hidden(reference, batch.inputs, batch.predicts)
+    parts = [hidden.new_zeros(0, dtype=torch.float32)]
+    for where in chunk_slices(len(batch), reference.vocabulary, hidden.device, options.chunk_tokens):
+        logits = head(hidden[where]) / options.temperature
+        sampled = logits.gather(1, batch.token_ids[where].unsqueeze(1))
+        parts.append((sampled - logits.logsumexp(-1, keepdim=True)).squeeze(1))
+    return torch.cat(parts)
+
+
+def _forbidden(allowed: Tensor, vocabulary: int, device: torch.device) -> Tensor | None:
+    """[V of the teacher] bool: ids that must not stand in top-k, or None when there are none."""
+    width = min(allowed.shape[0], vocabulary)
+    forbidden = torch.ones(vocabulary, dtype=torch.bool)
+    forbidden[:width] = ~allowed[:width].cpu()
+    return forbidden.to(device) if bool(forbidden.any()) else None
+
+
+def _full_logprobs(head: Head, hidden: Tensor, temperature: float, width: int) -> Tensor:
+    """[c, width] log p, cut or padded with log 0 to the student's vocabulary after its own softmax."""
+    with torch.no_grad():
+        logprobs = (head(hidden) / temperature).log_softmax(-1)[:, :width]
+        return torch.nn.functional.pad(logprobs, (0, width - logprobs.shape[1]), value=-torch.inf)
+
+
+def _empty_scores(needs: Needs, k: int, hidden: Tensor) -> Scores:
+    nothing = hidden.new_zeros(0, dtype=torch.float32)
+    lists = hidden.new_zeros((0, k), dtype=torch.float32)
+    return Scores(
+        teacher_logprob=nothing,
+        teacher_entropy=nothing if needs.teacher_entropy else None,
+        teacher_topk_logprob=lists if k else None,
+        teacher_topk_ids=lists.long() if k else None,
+        teacher_full=(lambda where: nothing) if needs.full_distribution else None,
+    )
