@@ -49,4 +49,6 @@ def apply_guidance(credit: Credit, signals: Signals, *, weight: float = WEIGHT) 
         top_k=None if credit.top_k is None else credit.top_k.masked_fill(blank.unsqueeze(-1), 0.0),
         full=None if credit.full is None else credit.full.masked_fill(blank.unsqueeze(-1), 0.0),
         region=region.masked_fill(wrote, int(Region.GUIDANCE)).masked_fill(~signals.mask, int(Region.IGNORED)),
+        outlier_weight=None if credit.outlier_weight is None else credit.outlier_weight.masked_fill(blank, 0.0),
+        floored=None if credit.floored is None else credit.floored & ~blank,
     )

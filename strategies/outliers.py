@@ -84,4 +84,4 @@ class Clip:
 
     def estimate(self, signals: Signals) -> Credit:
         reward = k1_reward(signals.student_logprob, signals.teacher_logprob)
-        return Credit(sampled=reward.clamp_min(self.floor))
+        return Credit(sampled=reward.clamp_min(self.floor), floored=reward < self.floor)

@@ -64,6 +64,8 @@ class TrustRegion:
             top_k=_outlier_part(weight, estimate.top_k),
             full=_outlier_part(weight, estimate.full),
             region=region,
+            outlier_weight=1.0 - weight,
+            floored=None if estimate.floored is None else estimate.floored & (weight < 1.0),
         )
 
 

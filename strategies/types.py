@@ -139,7 +139,7 @@ class Signals:
         return name in self._tensors
 
     def only(self, needs: Needs) -> Signals:
-        """The same signals restricted to what `needs` declares, top-k tensors cut to its k: what a strategy is handed."""
+        """The same signals restricted to what `needs` declares, top-k cut to its k: what a strategy is handed."""
         allowed = needs.signal_names()
         kept = {name: value for name, value in self._tensors.items() if name in allowed}
         for name in ("teacher_topk_logprob", "student_topk_logprob"):
@@ -224,12 +224,16 @@ class Credit:
         top_k: [..., K] on log q(v) of the teacher's top-k tokens, or None.
         full: [..., V] on log q(v) of every token, or None (needs `full_distribution`).
         region: [...] int8 of `Region`, or None: TRUST for every valid token.
+        outlier_weight: [...] in [0, 1] share of the outlier supervision, or None: 1 where region is OUTLIER.
+        floored: [...] bool, a floor raised `sampled` above the reward, or None: nowhere. For metrics only.
     """
 
     sampled: Tensor
     top_k: Tensor | None = None
     full: Tensor | None = None
     region: Tensor | None = None
+    outlier_weight: Tensor | None = None
+    floored: Tensor | None = None
 
 
 @runtime_checkable

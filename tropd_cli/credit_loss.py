@@ -231,7 +231,15 @@ def _credit_record(credit: Credit) -> Record:
     region = credit.region
     if region is None:
         region = torch.full_like(credit.sampled, int(Region.TRUST), dtype=torch.int8)
-    return {"credit": credit.sampled, "credit_top_k_mass": mass, "credit_absolute": absolute, "region": region}
+    weight = (region == Region.OUTLIER).to(mass.dtype) if credit.outlier_weight is None else credit.outlier_weight
+    return {
+        "credit": credit.sampled,
+        "credit_top_k_mass": mass,
+        "credit_absolute": absolute,
+        "region": region,
+        "outlier_weight": weight,
+        "floored": torch.zeros_like(mass, dtype=torch.bool) if credit.floored is None else credit.floored,
+    }
 
 
 # ── the head's two paths ────────────────────────────────────────────────────────────────────────────────────────────
