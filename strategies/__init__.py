@@ -3,7 +3,22 @@
 Read `types` first, then `trust_region`. Every module below registers one strategy.
 """
 
-from . import opd, trust_region
+from . import (  # noqa: F401  importing a module registers its strategy
+    aopd,
+    entropy,
+    eopd,
+    exopd,
+    fkl,
+    gkd,
+    iw_opd,
+    jsd,
+    opd,
+    opd_plus,
+    reopold,
+    top_d,
+    trust_region,
+    trust_region_aopd,
+)
 from .base import STRATEGIES
 from .outliers import OUTLIERS
 from .types import Credit, MissingSignal, Needs, OutlierEstimator, Region, Signals, Strategy
@@ -18,6 +33,4 @@ __all__ = [
     "Region",
     "Signals",
     "Strategy",
-    "opd",
-    "trust_region",
 ]

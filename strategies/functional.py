@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Renormalize = Literal["none", "teacher", "both"]
+Divergence = Literal["jsd", "reverse-kl", "forward-kl", "hellinger", "total-variation"]
 
 
 def check_same_shape(**tensors: Tensor) -> None:
@@ -97,10 +98,16 @@ def kl_divergence(from_logprobs: Tensor, to_logprobs: Tensor) -> Tensor:
 # ── top-k forward KL ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _remaining(topk_logprob: Tensor) -> Tensor:
-    """1 - sum of the listed probabilities, floored at sqrt(machine epsilon) so that dividing by it keeps its digits."""
-    floor = math.sqrt(torch.finfo(topk_logprob.dtype).eps)
-    return (1.0 - topk_logprob.exp().sum(-1)).clamp_min(floor)
+def _tail(student_topk_logprob: Tensor, teacher_topk_logprob: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 - P, (1 - P) / (1 - Q)): the teacher's mass outside V_k, and its ratio to the student's.
+
+    The ratio is capped at 1 / sqrt(machine epsilon): it multiplies credits that cancel against each other, and beyond
+    the cap the cancellation would leave no digits. It only binds when the student's tail is that much too light.
+    """
+    eps = torch.finfo(student_topk_logprob.dtype).eps
+    teacher_rest = (1.0 - teacher_topk_logprob.exp().sum(-1)).clamp_min(0.0)
+    student_rest = (1.0 - student_topk_logprob.exp().sum(-1)).clamp_min(eps)
+    return teacher_rest, (teacher_rest / student_rest).clamp_max(1.0 / math.sqrt(eps))
 
 
 def topk_forward_kl(
@@ -122,8 +129,7 @@ def topk_forward_kl(
     probability = teacher.exp()
     kl = (probability * (teacher - student).masked_fill(probability == 0.0, 0.0)).sum(-1)
     if tail:
-        rest = (1.0 - probability.sum(-1)).clamp_min(0.0)
-        kl = kl + torch.xlogy(rest, rest / _remaining(student_topk_logprob))
+        kl = kl + torch.xlogy(*_tail(student, teacher))
     return kl
 
 
@@ -132,7 +138,7 @@ def topk_forward_kl_credit(
 ) -> Tensor:
     """Credit of `topk_forward_kl` on each log q_v: p_v; with `tail` p_v - (1-P) q_v / (1-Q); renormalised likewise.
 
-    With the softmax behind it the logit gradient is Q-free and bounded by 1 (`P q_j - p_j 1[j in V_k]`).
+    Through the softmax the plain form has the logit gradient P q_j - p_j 1[j in V_k]: bounded by 1, whatever Q is.
 
     Returns:
         [..., K].
@@ -140,8 +146,7 @@ def topk_forward_kl_credit(
     teacher, student = _renormalized(student_topk_logprob, teacher_topk_logprob, tail=tail, renormalize=renormalize)
     credit = teacher.exp()
     if tail:
-        rest = (1.0 - credit.sum(-1)).clamp_min(0.0)
-        credit = credit - (rest / _remaining(student)).unsqueeze(-1) * student.exp()
+        credit = credit - _tail(student, teacher)[1].unsqueeze(-1) * student.exp()
     elif renormalize == "both":
         credit = credit - student.exp()
     return credit
@@ -162,7 +167,7 @@ def _renormalized(
     return teacher, student
 
 
-# ── Jensen-Shannon ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Jensen-Shannon and other f-divergences ──────────────────────────────────────────────────────────────────────────
 
 
 def jsd_direct(student_logprob: Tensor, teacher_logprob: Tensor, *, mix: float) -> Tensor:
@@ -178,3 +183,67 @@ def jsd_direct_credit(student_logprob: Tensor, teacher_logprob: Tensor, *, mix: 
     product = teacher_logprob + student_logprob
     log_credit = product - mixture.masked_fill(product == -math.inf, 0.0)
     return mix * (1.0 - mix) * log_credit.exp()
+
+
+def full_jsd(student_logprobs: Tensor, teacher_logprobs: Tensor, *, mix: float) -> Tensor:
+    """mix KL(p || m) + (1 - mix) KL(q || m), m = mix p + (1 - mix) q: [..., V] -> [...] nats.
+
+    mix 0 is KL(p || q) and mix 1 is KL(q || p) by definition; the limits of the formula would be 0.
+
+    Source: GKD, arXiv 2306.13649, equation 1 and its end points.
+    """
+    if mix == 0.0:
+        return kl_divergence(teacher_logprobs, student_logprobs)
+    if mix == 1.0:
+        return kl_divergence(student_logprobs, teacher_logprobs)
+    mixture = mixture_logprob(student_logprobs, teacher_logprobs, mix=mix)
+    return mix * kl_divergence(teacher_logprobs, mixture) + (1.0 - mix) * kl_divergence(student_logprobs, mixture)
+
+
+def full_jsd_credit(student_logprobs: Tensor, teacher_logprobs: Tensor, *, mix: float) -> Tensor:
+    """Credit of `full_jsd` on each log q_v: -(1 - mix) q_v log(q_v / m_v); p_v at mix 0, -q_v log(q_v / p_v) at mix 1.
+
+    At mix 1 the derivative has a further -q_v, which the softmax cancels and which is left out: with it, or without,
+    the logit gradient is the same, and only without does every credit vanish when teacher and student agree.
+
+    Returns:
+        [..., V].
+    """
+    if mix == 0.0:
+        check_same_shape(student_logprobs=student_logprobs, teacher_logprobs=teacher_logprobs)
+        return teacher_logprobs.exp()
+    mixture = mixture_logprob(student_logprobs, teacher_logprobs, mix=mix)
+    probability = student_logprobs.exp()
+    log_ratio = (student_logprobs - mixture).masked_fill(probability == 0.0, 0.0)
+    return -(1.0 if mix == 1.0 else 1.0 - mix) * probability * log_ratio
+
+
+def f_divergence_weight(
+    student_logprob: Tensor, teacher_logprob: Tensor, *, divergence: Divergence, mix: float = 0.5
+) -> Tensor:
+    """u f'(u) - f(u), u = p(x)/q(x): the reward whose policy gradient is -grad sum_v q_v f(p_v/q_v), exactly.
+
+    (-f(u), the obvious choice, misses the dependence of u on q.) f is normalised to f(1) = f'(1) = 0, which changes
+    the divergence by nothing and the reward by a constant, so that the reward is 0 where teacher and student agree.
+
+    Args:
+        divergence: "jsd" (1-mix) log(mix u + 1 - mix); "reverse-kl" log u; "forward-kl" u - 1; "hellinger" sqrt(u) - 1;
+            "total-variation" sign(u - 1) / 2.
+        mix: of the JSD only, strictly between 0 and 1.
+
+    Returns:
+        [...]; u is capped at the square root of the largest float.
+
+    Source: arXiv 2606.01039.
+    """
+    log_ratio = k1_reward(student_logprob, teacher_logprob)
+    capped = log_ratio.clamp_max(0.5 * math.log(torch.finfo(log_ratio.dtype).max))
+    if divergence == "jsd":
+        return (1.0 - mix) * mixture_reward(student_logprob, teacher_logprob, mix=mix)
+    if divergence == "reverse-kl":
+        return log_ratio
+    if divergence == "forward-kl":
+        return capped.expm1()
+    if divergence == "hellinger":
+        return (0.5 * capped).expm1()
+    return 0.5 * log_ratio.sign()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from .checks import check_below_zero, check_top_k
 from .functional import Renormalize, k1_reward, reward_floor, topk_forward_kl_credit
 from .registry import Registry
 from .types import Credit, Needs, OutlierEstimator, Signals
@@ -26,13 +28,14 @@ class ForwardKL:
         renormalize: "none" (the paper), "teacher" or "both".
     """
 
+    paper: ClassVar[str] = "arXiv 2606.01249"
+
     top_k: int = 64
     tail: bool = False
     renormalize: Renormalize = "none"
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        check_top_k(self.top_k)
         if self.tail and self.renormalize != "none":
             raise ValueError(f"tail: true and renormalize: {self.renormalize} exclude each other")
 
@@ -55,6 +58,8 @@ class ForwardKL:
 class Mask:
     """No credit at all. Source: arXiv 2606.01249, the "Mask" rows."""
 
+    paper: ClassVar[str] = "arXiv 2606.01249"
+
     @property
     def needs(self) -> Needs:
         return Needs()
@@ -72,11 +77,12 @@ class Clip:
         floor: nats, below zero. The paper gives none; the default is REOPOLD's log(0.2) / 0.8 = -2.0118.
     """
 
+    paper: ClassVar[str] = "arXiv 2606.01249"
+
     floor: float = reward_floor(0.2)
 
     def __post_init__(self) -> None:
-        if not self.floor < 0.0:
-            raise ValueError(f"floor must be below 0 nats, got {self.floor}")
+        check_below_zero("floor", self.floor)
 
     @property
     def needs(self) -> Needs:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import STRATEGIES
+from .checks import check_below_zero
 from .functional import acceptance, k1_reward, reward_floor
 from .outliers import OUTLIERS, ForwardKL
 from .types import Credit, Needs, OutlierEstimator, Region, Scope, Signals
@@ -38,8 +39,7 @@ class TrustRegion:
     outlier: OutlierEstimator = field(default_factory=ForwardKL, metadata={"registry": lambda: OUTLIERS})
 
     def __post_init__(self) -> None:
-        if not self.threshold < 0.0:
-            raise ValueError(f"threshold must be below 0 nats, got {self.threshold}")
+        check_below_zero("threshold", self.threshold)
 
     @property
     def needs(self) -> Needs:

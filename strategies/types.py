@@ -242,7 +242,8 @@ class Strategy(Protocol):
 
     scope "token": `credit` sees any chunk of valid tokens, so it must not look across tokens.
     scope "batch": `credit` sees [B, T], right-padded, the rows of all processes and micro-batches.
-    ratio_clip: the published PPO range (low, high) around 1 for `sampled`, or None.
+    ratio_clip: the published PPO range for `sampled` as widths (below, above): (0.2, 0.2) keeps q / q_old within
+        [0.8, 1.2]. None: no clip. The engine applies it.
     """
 
     @property
