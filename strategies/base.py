@@ -5,4 +5,6 @@ from __future__ import annotations
 from .registry import Registry
 from .types import Strategy
 
-STRATEGIES: Registry[Strategy] = Registry("strategy", "tropd.strategies", "tropd strategies")
+STRATEGIES: Registry[Strategy] = Registry(
+    "strategy", "tropd.strategies", "tropd strategies", attributes=("needs", "scope", "ratio_clip", "credit")
+)

@@ -12,7 +12,9 @@ from .functional import Renormalize, k1_reward, reward_floor, topk_forward_kl_cr
 from .registry import Registry
 from .types import Credit, Needs, OutlierEstimator, Signals
 
-OUTLIERS: Registry[OutlierEstimator] = Registry("outlier estimator", "tropd.outliers", "tropd strategies")
+OUTLIERS: Registry[OutlierEstimator] = Registry(
+    "outlier estimator", "tropd.outliers", "tropd strategies", attributes=("needs", "estimate")
+)
 
 
 @OUTLIERS.register("forward-kl")
@@ -56,7 +58,10 @@ class ForwardKL:
 @OUTLIERS.register("mask")
 @dataclass(frozen=True)
 class Mask:
-    """No credit at all. Source: arXiv 2606.01249, the "Mask" rows."""
+    """No credit at all: outliers teach nothing.
+
+    Source: arXiv 2606.01249, the "Mask" rows.
+    """
 
     paper: ClassVar[str] = "arXiv 2606.01249"
 
@@ -71,7 +76,9 @@ class Mask:
 @OUTLIERS.register("clip")
 @dataclass(frozen=True)
 class Clip:
-    """The reward with a floor: credit max(R, floor). Source: arXiv 2606.01249, the "Clip" rows.
+    """The reward with a floor: credit max(R, floor) on the sampled token.
+
+    Source: arXiv 2606.01249, the "Clip" rows.
 
     Options:
         floor: nats, below zero. The paper gives none; the default is REOPOLD's log(0.2) / 0.8 = -2.0118.

@@ -60,7 +60,7 @@ def group_normalized(values: Tensor, wrote: Tensor, group: Tensor, *, minimum_st
     Source: TOP-D, arXiv 2607.04751.
     """
     check_same_shape(values=values, wrote=wrote)
-    check_same_shape(rows=values[:, 0] if values.shape[1] else wrote.any(-1), group=group)
+    check_same_shape(rows=wrote.any(-1), group=group)
     labels, member = torch.unique(group, return_inverse=True)
 
     def per_group(of_rows: Tensor) -> Tensor:
