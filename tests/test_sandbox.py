@@ -81,8 +81,8 @@ def test_right_output_before_a_crash_does_not_count() -> None:
 
 
 VALUES = """
-None | True | -5 | 10**6000 | 1.5 | float('inf') | '\\ud800x' | b'\\x00' | (1, [2, {3: (4,)}]) | {1, 2} | frozenset('ab')
-1 + 2j | range(3) | {'a': [None, {1: 2}]} | {(1, 2): 'b'} | __import__('decimal').Decimal('1.10')
+None | True | -5 | 10**6000 | 1.5 | float('inf') | '\\ud800x' | b'\\x00' | (1, [2, {3: (4,)}]) | {1, 2}
+frozenset('ab') | 1 + 2j | range(3) | {'a': [None, {1: 2}]} | {(1, 2): 'b'} | __import__('decimal').Decimal('1.10')
 """
 
 
