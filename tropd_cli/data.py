@@ -11,8 +11,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .demo import task
 from .errors import UserError
 from .randomness import permutation
+
+#: Names of the built-in demo's data: split and number of problems.
+DEMO_SPLITS = {"demo:train": ("train", 4096), "demo:heldout": ("heldout", 256)}
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,10 @@ def read_rows(source: str, *, skip_bad_rows: bool = False) -> tuple[list[tuple[s
     Raises:
         UserError: missing or empty file, malformed line (unless skipped), no `data` extra for a hub data set.
     """
+    if source in DEMO_SPLITS:
+        split, count = DEMO_SPLITS[source]
+        rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in task.problems(split, count, seed=0)]
+        return [(f"{source}, row {i + 1}", row) for i, row in enumerate(rows)], []
     if source == "-":
         lines: Iterable[str] = sys.stdin
         label = "standard input"
@@ -119,7 +127,8 @@ def read_rows(source: str, *, skip_bad_rows: bool = False) -> tuple[list[tuple[s
         )
     else:
         return [(f"{source}, row {i + 1}", row) for i, row in enumerate(_hub_rows(source))], []
-    rows, problems = [], []
+    rows = []
+    problems: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -188,10 +197,11 @@ def encode_rows(
 
 def prompts_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:
     """Indices of the prompts of one step (counted from 0): reshuffled epochs over `count`, a pure function of its key."""
+    orders: dict[int, list[int]] = {}
     chosen = []
     for position in range(step * per_step, (step + 1) * per_step):
         epoch, offset = divmod(position, count)
-        if not chosen or offset == 0 or epoch != current:
-            current, order = epoch, permutation(seed, "prompt-order", epoch, count)
-        chosen.append(order[offset])
+        if epoch not in orders:
+            orders[epoch] = permutation(seed, "prompt-order", epoch, count)
+        chosen.append(orders[epoch][offset])
     return chosen

@@ -36,6 +36,10 @@ class Scores:
     reference_logprob: Tensor | None = None
     teacher_full: Callable[[slice], Tensor] | None = None
 
+    def to(self, device: torch.device) -> Scores:
+        """Moved to the student's device; `teacher_full` moves its chunks itself."""
+        return Scores(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
     def replace(self, **tensors: Tensor | None) -> Scores:
         return replace(self, **tensors)  # type: ignore[arg-type]
 

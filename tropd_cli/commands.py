@@ -1,0 +1,177 @@
+"""What the commands do, apart from their options: resolve, refuse, run, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .config import Config, build_config, build_strategy, merge, parse_set, read_yaml, to_yaml
+from .display import Display
+from .errors import UserError
+from .run_directory import RunDirectory, default_output
+
+#: The demo's own small setting; the paper's is for real models.
+DEMO_PRESET: dict[str, Any] = {
+    "student": "demo:student",
+    "teacher": "demo:teacher",
+    "data": "demo:train",
+    "eval_data": "demo:heldout",
+    "steps": 60,
+    "prompts_per_step": 24,
+    "rollouts_per_prompt": 4,
+    "max_prompt_length": 64,
+    "max_response_length": 64,
+    "learning_rate": 1e-3,
+    "checkpoint_every": 20,
+}
+
+
+@dataclass
+class DistillRequest:
+    """`tropd distill` as typed."""
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    config: str | None = None
+    assignments: list[str] = field(default_factory=list)
+    preset: str | None = None
+    resume: str | None = None
+    overwrite: bool = False
+    print_config: bool = False
+    dry_run: bool = False
+    as_json: bool = False
+
+
+def resolve(request: DistillRequest) -> tuple[Config, bool]:
+    """(configuration, whether it is the built-in demo). Raises UserError."""
+    typed: dict[str, Any] = {}
+    if request.config:
+        typed = merge(typed, read_yaml(request.config))
+    typed = merge(typed, request.flags)
+    for assignment in request.assignments:
+        typed = merge(typed, parse_set(assignment))
+    missing = [key for key in ("student", "teacher", "data") if typed.get(key) is None]
+    layers = [typed]
+    if len(missing) == 3:
+        layers.insert(0, DEMO_PRESET)
+    elif missing:
+        flags = " and ".join(f"--{key}" for key in missing)
+        raise UserError(
+            f"{flags} missing. Give --student, --teacher and --data, or none of the three for the built-in demo"
+        )
+    config = build_config(*layers)
+    if len(config.optimizer.betas) != 2 or not all(0.0 <= b < 1.0 for b in config.optimizer.betas):
+        raise UserError(
+            f"option 'optimizer.betas' is {config.optimizer.betas}: it must be two numbers from 0 to below 1"
+        )
+    return config, len(missing) == 3
+
+
+def distill(request: DistillRequest) -> None:
+    """`tropd distill`. Prints the run directory, or the last metrics with --json."""
+    if request.resume:
+        run = RunDirectory(Path(request.resume))
+        changes = request.flags
+        for assignment in request.assignments:
+            changes = merge(changes, parse_set(assignment))
+        config, is_demo = run.resumed_config(changes), False
+    else:
+        config, is_demo = resolve(request)
+    from .launch import is_worker, launch
+
+    strategy = build_strategy(config)
+    config = canonical(config, strategy)
+    if request.print_config:
+        typer.echo(to_yaml(pinned(config)), nl=False)
+        return
+    if not request.resume:
+        config = config.model_copy(update={"output": config.output or default_output(config.strategy["name"])})
+        run = RunDirectory(Path(str(config.output)))
+    if config.num_processes > 1 and not is_worker():
+        from .models import resolve_device
+
+        arguments = [
+            *sys.argv[1:],
+            *([] if request.resume or "output" in request.flags else ["--output", str(config.output)]),
+        ]
+        raise typer.Exit(launch(config.num_processes, arguments, cpu=resolve_device(config.device).type == "cpu"))
+    train(config, run, request, is_demo=is_demo)
+
+
+def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo: bool) -> None:
+    """Runs the training in this process."""
+    import torch
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    quiet_libraries()
+    from .launch import make_accelerator
+    from .train import Interrupted
+    from .train import distill as run_training
+
+    display = Display(active=int(os.environ.get("RANK", "0")) == 0)
+    if is_demo:
+        display.note(
+            "No student, teacher or data given: running the built-in demo (arithmetic chains, two tiny models)."
+        )
+    if request.dry_run:
+        from .dry_run import dry_run
+
+        dry_run(config, display)
+        return
+    if config.student == config.teacher:
+        display.warn(f"student and teacher are both '{config.student}': there will be no signal")
+    accelerator = make_accelerator(config, str(run.path))
+    if not request.resume and accelerator.is_main_process:
+        run.create(config, overwrite=request.overwrite)
+    accelerator.wait_for_everyone()
+    if config.log_with:
+        accelerator.init_trackers(
+            "tropd", {k: v for k, v in config.model_dump().items() if isinstance(v, (int, float, str))}
+        )
+    try:
+        metrics, first = run_training(config, run, display, accelerator, resume=bool(request.resume))
+    except Interrupted:
+        display.note(f"interrupted; everything is saved. Continue with: tropd distill --resume {run.path}")
+        raise typer.Exit(130) from None
+    finally:
+        display.stop()
+        accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+    if first:
+        display.comparison("Held-out", first, metrics)
+    display.note(f"student: {run.student}")
+    typer.echo(json.dumps({"run": str(run.path), **metrics}) if request.as_json else str(run.path))
+
+
+def canonical(config: Config, strategy: Any) -> Config:
+    """The configuration with every option of the strategy written out."""
+    from strategies import STRATEGIES
+
+    return config.model_copy(update={"strategy": STRATEGIES.describe(strategy, config.strategy["name"])})
+
+
+def pinned(config: Config) -> Config:
+    """The configuration with hub names pinned to commits."""
+    from .pair import commit_of
+
+    pins = {}
+    for role in ("student", "teacher", "reference"):
+        name = getattr(config, role)
+        if name is not None:
+            pins[f"{role}_revision"] = commit_of(name, getattr(config, f"{role}_revision"))
+    return config.model_copy(update=pins)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries stay out of ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

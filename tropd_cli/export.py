@@ -1,0 +1,77 @@
+"""student/: the trained model as transformers loads it, with a card that says how it was made."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .config import Config, to_yaml
+from .pair import Pair
+
+
+def save_student(pair: Pair, config: Config, folder: Path, metrics: dict[str, Any]) -> None:
+    """Writes weights (LoRA: the adapter, and with `merge` the merged model beside it), tokenizer and card.
+
+    Written aside and renamed, so that a folder of this name is always complete.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    _save(pair, pair.student.model, temporary)
+    (temporary / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    if config.lora_rank and config.merge:
+        merged = folder.with_name(f"{folder.name}-merged")
+        shutil.rmtree(merged, ignore_errors=True)
+        # Merging changes the weights in place: it is undone, since training may go on.
+        pair.student.model.merge_adapter()
+        try:
+            base = pair.student.base
+            state = {
+                name.replace(".base_layer", ""): value
+                for name, value in base.state_dict().items()
+                if ".lora_" not in name
+            }
+            base.save_pretrained(merged, state_dict=state)
+        finally:
+            pair.student.model.unmerge_adapter()
+        pair.tokenizer.save_pretrained(merged)
+        (merged / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
+
+
+def _save(pair: Pair, model: Any, folder: Path) -> None:
+    stripped = pair.student.base.generation_config
+    pair.student.base.generation_config = pair.student.generation_config
+    try:
+        model.save_pretrained(folder)
+    finally:
+        pair.student.base.generation_config = stripped
+    pair.tokenizer.save_pretrained(folder)
+
+
+def model_card(config: Config, metrics: dict[str, Any]) -> str:
+    """README.md of a student: base, teacher, method, last numbers and the whole configuration."""
+    numbers = {k: v for k, v in metrics.items() if k.startswith("eval_") and v is not None}
+    lines = "\n".join(f"| {name.removeprefix('eval_')} | {value:.4g} |" for name, value in numbers.items())
+    table = f"\n## Held-out numbers\n\n| metric | value |\n|---|---|\n{lines}\n" if lines else ""
+    base = (
+        f"base_model: {config.student}\n"
+        if "/" in str(config.student) and not Path(str(config.student)).exists()
+        else ""
+    )
+    return f"""---
+library_name: {"peft" if config.lora_rank else "transformers"}
+{base}tags: [on-policy-distillation, tropd]
+---
+
+# {Path(str(config.student)).name}, distilled by {Path(str(config.teacher)).name}
+
+Strategy `{config.strategy["name"]}`, {metrics.get("step")} updates, made with tropd {__version__}.
+{table}
+## Configuration
+
+```yaml
+{to_yaml(config)}```
+"""

@@ -1,0 +1,91 @@
+"""Teacher responses, of which the first tokens become guidance prefixes. Made once per prompt, kept on disk, reused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from .data import Prompt
+from .models import Vocabulary
+from .rollout import Generator, Request, draw_prefix_length
+
+
+class TeacherPrefixes:
+    """Draws every prompt's prefix of a step.
+
+    Args:
+        folder: cache of a run directory; one file per process, read by all when the run starts.
+        generator: writes responses with the teacher.
+        rank: number of this process.
+        seed, rule: of the prefix length.
+    """
+
+    def __init__(
+        self, folder: Path, generator: Generator, *, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, seed: int,
+        rule: str, rank: int,
+    ) -> None:  # fmt: skip
+        self.generator, self.tokenizer, self.vocabulary = generator, tokenizer, vocabulary
+        self.seed, self.rule = seed, rule
+        folder.mkdir(exist_ok=True)
+        self.path = folder / f"process-{rank}.jsonl"
+        self.known: dict[int, list[int]] = {}
+        for path in sorted(folder.glob("process-*.jsonl")):
+            self.known.update(_read_cache(path))
+
+    def draw(self, step: int, prompts: Sequence[tuple[int, Prompt]], limit: int) -> list[list[int]]:
+        """Prefix ids per (slot, prompt); the limit is the longest prefix of this step.
+
+        A response is only made as long as the limit asks: the limit never rises, and keyed sampling makes the same
+        tokens whatever the length.
+        """
+        if limit == 0:
+            return [[] for _ in prompts]
+        self._complete([prompt for _, prompt in prompts], limit)
+        prefixes = []
+        for slot, prompt in prompts:
+            response = self.known[prompt.index]
+            length = draw_prefix_length(
+                self.seed, step, slot, response_length=len(response), limit=limit, rule=self.rule
+            )
+            prefixes.append(response[:length])
+        return prefixes
+
+    def responses(self, prompts: Sequence[Prompt], limit: int) -> list[list[int]]:
+        """The teacher's response to each prompt, at most `limit` tokens."""
+        self._complete(list(prompts), limit)
+        return [self.known[prompt.index][:limit] for prompt in prompts]
+
+    def _complete(self, prompts: list[Prompt], limit: int) -> None:
+        missing = {p.index: p for p in prompts if p.index not in self.known}
+        made: dict[int, list[int]] = {}
+        for prompt in [p for p in missing.values() if p.response is not None]:
+            made[prompt.index] = self.encode_response(str(prompt.response))
+        to_write = [p for p in missing.values() if p.response is None]
+        responses = self.generator([Request(p.teacher_ids, [], limit, (0, p.index, 0)) for p in to_write])
+        made.update(zip((p.index for p in to_write), responses, strict=True))
+        if made:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"prompt": i, "ids": ids}) + "\n" for i, ids in made.items())
+            self.known.update(made)
+
+    def encode_response(self, text: str) -> list[int]:
+        """Tokens of a ready response, ended by a stop id."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        end = end if end in self.vocabulary.stop_ids else self.vocabulary.stop_ids[0]
+        return ids if ids and ids[-1] in self.vocabulary.stop_ids else [*ids, end]
+
+
+def _read_cache(path: Path) -> dict[int, list[int]]:
+    """Cached responses; a torn last line (the process died while writing it) is dropped."""
+    known = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        known[int(row["prompt"])] = list(row["ids"])
+    return known
