@@ -1,4 +1,12 @@
-"""Make the demo's tokenizer, teacher and student from nothing: `python -m tropd_cli.demo.make OUT`."""
+"""Make the demo's tokenizer, teacher and student from nothing: `python -m tropd_cli.demo.make OUT`.
+
+One network learns the task from right solutions, then to write them in either of two styles. The teacher is that
+network settled on its own style; the student is the same network settled on the other one, from solutions in which 12 %
+of the intermediate results are random. So the student can be taught quickly, and yet disagrees with the teacher.
+
+Takes about 13 minutes on two cores. Measured on held-out problems, after rounding the weights to bfloat16: MEASURED.
+Seeds fix data and initial weights; another number of threads changes the last digits of the sums, and so the weights.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +15,34 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tropd_cli.demo import task
 
 SEED = 20
-TEACHER_STEPS, TEACHER_RATE = 2000, 2e-3
-STUDENT_STEPS, STUDENT_RATE, SLIP_SHARE = 200, 5e-4, 0.3
 BATCH = 128
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of supervised fine-tuning; warm-up and steps in batches of `BATCH` texts."""
+
+    steps: int
+    learning_rate: float
+    warmup: int
+
+
+LEARN_THE_TASK = Stage(steps=2000, learning_rate=2e-3, warmup=100)
+LEARN_BOTH_STYLES = Stage(steps=300, learning_rate=1e-3, warmup=20)
+SETTLE_ON_ONE = Stage(steps=60, learning_rate=5e-4, warmup=10)
+SLIP_SHARE = 0.12  # of the intermediate results the student learns from
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -53,7 +76,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def texts(split: str, seed: int, style: task.Style, slip_share: float) -> Iterator[tuple[str, str]]:
+def texts(split: str, seed: int, style: task.Style, slip_share: float = 0.0) -> Iterator[tuple[str, str]]:
     """Yield prompts and responses without end; each step's result is replaced by a random one with `slip_share`."""
     draw = random.Random(f"slips/{seed}")
 
@@ -64,23 +87,26 @@ def texts(split: str, seed: int, style: task.Style, slip_share: float) -> Iterat
         yield task.question(numbers), task.solution(numbers, style, slip)
 
 
+def alternate(*streams: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield from each stream in turn."""
+    for items in zip(*streams, strict=True):
+        yield from items
+
+
 def fine_tune(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     pairs: Iterator[tuple[str, str]],
-    *,
-    steps: int,
-    learning_rate: float,
-    warmup: int,
-    report: Callable[[int, float], None] = lambda step, loss: None,
+    stage: Stage,
 ) -> None:
     """Train on responses (not on prompts) with AdamW, a linear warm-up and a linear decay to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    shape = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    decay = stage.steps - stage.warmup
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / stage.warmup, (stage.steps - step) / decay)
     )
     model.train()
-    for step in range(1, steps + 1):
+    for step in range(1, stage.steps + 1):
         ids, labels = encode(tokenizer, [next(pairs) for _ in range(BATCH)])
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
@@ -88,18 +114,23 @@ def fine_tune(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        shape.step()
-        report(step, loss.item())
+        schedule.step()
+        if step % 50 == 0:
+            print(f"step {step} of {stage.steps}  loss {loss.item():.4f}", file=sys.stderr)
     model.eval()
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Return token ids [B, T] and labels [B, T] (-100 on prompts); all pairs of a style have the same length."""
+    """Return token ids [B, T], padded on the right, and labels [B, T], -100 on prompts and padding."""
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
     responses = tokenizer([response + task.EOS for _, response in pairs])["input_ids"]
-    ids = torch.tensor([left + right for left, right in zip(prompts, responses, strict=True)])
-    labels = torch.tensor([[-100] * len(left) + right for left, right in zip(prompts, responses, strict=True)])
-    return ids, labels
+    rows = [(torch.tensor(left), torch.tensor(right)) for left, right in zip(prompts, responses, strict=True)]
+    ids = [torch.cat([left, right]) for left, right in rows]
+    labels = [torch.cat([torch.full_like(left, -100), right]) for left, right in rows]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+        pad_sequence(labels, batch_first=True, padding_value=-100),
+    )
 
 
 @torch.no_grad()
@@ -158,26 +189,25 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def main(out: Path) -> None:
     """Train both models, write OUT/teacher and OUT/student, print what was measured as JSON."""
     started = time.monotonic()
-
-    def report(step: int, loss: float) -> None:
-        if step % 50 == 0:
-            print(f"step {step}  loss {loss:.4f}  {time.monotonic() - started:.0f} s", file=sys.stderr)
-
     tokenizer = new_tokenizer()
-    model = new_model(tokenizer)
-    right = texts("train", 1, task.TEACHER_STYLE, slip_share=0.0)
-    fine_tune(model, tokenizer, right, steps=TEACHER_STEPS, learning_rate=TEACHER_RATE, warmup=100, report=report)
-    teacher = save(model, tokenizer, out / "teacher")
-    noisy = texts("train", 2, task.STUDENT_STYLE, slip_share=SLIP_SHARE)
-    fine_tune(model, tokenizer, noisy, steps=STUDENT_STEPS, learning_rate=STUDENT_RATE, warmup=10, report=report)
-    student = save(model, tokenizer, out / "student")
+
+    base = new_model(tokenizer)
+    fine_tune(base, tokenizer, texts("train", 1, task.TEACHER_STYLE), LEARN_THE_TASK)
+    both = alternate(texts("train", 2, task.TEACHER_STYLE), texts("train", 3, task.STUDENT_STYLE))
+    fine_tune(base, tokenizer, both, LEARN_BOTH_STYLES)
+
+    teacher, student = copy.deepcopy(base), copy.deepcopy(base)
+    fine_tune(teacher, tokenizer, texts("train", 4, task.TEACHER_STYLE), SETTLE_ON_ONE)
+    fine_tune(student, tokenizer, texts("train", 5, task.STUDENT_STYLE, SLIP_SHARE), SETTLE_ON_ONE)
+    teacher = save(teacher, tokenizer, out / "teacher")
+    student = save(student, tokenizer, out / "student")
 
     outlier_share, lowest_reward = disagreement(student, teacher, tokenizer, count=256, seed=0)
     measured = {
-        "teacher_sampled_accuracy": accuracy(teacher, tokenizer, count=512, seed=0),
-        "teacher_greedy_accuracy": accuracy(teacher, tokenizer, count=512, seed=None),
-        "student_sampled_accuracy": accuracy(student, tokenizer, count=512, seed=0),
-        "student_greedy_accuracy": accuracy(student, tokenizer, count=512, seed=None),
+        "teacher_sampled_accuracy": accuracy(teacher, tokenizer, count=1024, seed=0),
+        "teacher_greedy_accuracy": accuracy(teacher, tokenizer, count=1024, seed=None),
+        "student_sampled_accuracy": accuracy(student, tokenizer, count=1024, seed=0),
+        "student_greedy_accuracy": accuracy(student, tokenizer, count=1024, seed=None),
         "outlier_share": outlier_share,
         "lowest_1_percent_of_R": lowest_reward,
         "seconds": time.monotonic() - started,
@@ -186,4 +216,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m tropd_cli.demo.make OUT")
     main(Path(sys.argv[1]))
