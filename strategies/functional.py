@@ -101,13 +101,13 @@ def kl_divergence(from_logprobs: Tensor, to_logprobs: Tensor) -> Tensor:
 def _tail(student_topk_logprob: Tensor, teacher_topk_logprob: Tensor) -> tuple[Tensor, Tensor]:
     """(1 - P, (1 - P) / (1 - Q)): the teacher's mass outside V_k, and its ratio to the student's.
 
-    The ratio is capped at 1 / sqrt(machine epsilon): it multiplies credits that cancel against each other, and beyond
-    the cap the cancellation would leave no digits. It only binds when the student's tail is that much too light.
+    The ratio is capped at 0.01 / machine epsilon: it multiplies credits that cancel against each other, and beyond the
+    cap the cancellation would leave no digits. It binds only where the student's tail is lost in rounding.
     """
     eps = torch.finfo(student_topk_logprob.dtype).eps
     teacher_rest = (1.0 - teacher_topk_logprob.exp().sum(-1)).clamp_min(0.0)
     student_rest = (1.0 - student_topk_logprob.exp().sum(-1)).clamp_min(eps)
-    return teacher_rest, (teacher_rest / student_rest).clamp_max(1.0 / math.sqrt(eps))
+    return teacher_rest, (teacher_rest / student_rest).clamp_max(0.01 / eps)
 
 
 def topk_forward_kl(

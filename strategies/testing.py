@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -303,7 +304,8 @@ def _assert_same(found: Credit, expected: Credit, message: str) -> None:
 
 def _cut(batch: Batch, rows: int, columns: int) -> Batch:
     """The first rows and columns of everything."""
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "progress"}
-    return Batch(
-        **{n: v if v is None else v[:rows] if n == "group" else v[:rows, :columns] for n, v in tensors.items()}
-    )
+    tensors: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value[:rows] if name == "group" else value[:rows, :columns]
+    return Batch(**tensors)

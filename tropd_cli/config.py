@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -167,10 +168,8 @@ def parse_set(assignment: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"--set {assignment!r}: the value is not YAML") from error
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     nested: Any = value
     for key in reversed(path.split(".")):
         nested = {key: nested}
@@ -197,10 +196,8 @@ def _numbers(layer: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             value = _numbers(value)
         elif isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         result[key] = value
     return result
 

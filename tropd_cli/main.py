@@ -15,6 +15,9 @@ import typer
 from . import __version__
 from .errors import UserError
 
+# Threads that wait by spinning make small models on busy CPUs dozens of times slower. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 app = typer.Typer(

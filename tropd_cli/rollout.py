@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from strategies.guidance import prefix_limit
+
 from .data import Prompt
 from .models import LanguageModel, Vocabulary
 from .randomness import inverse_cdf, uniform
-from strategies.guidance import prefix_limit
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from .config import Config, build_strategy
 from .credit_loss import CreditLoss
 from .data import Prompt, load_prompts, prompts_of_step
 from .display import Display
-from .errors import UserError
 from .export import save_student
 from .health import Health
 from .heldout import HeldOut, forward_kl_on_teacher_text, measure
@@ -61,8 +60,9 @@ class Training:
         self.micro_batch_tokens = config.micro_batch_tokens or MICRO_BATCH_TOKENS.get(kind, 4096)
         self.rollout_tokens = config.rollout_batch_tokens or ROLLOUT_BATCH_TOKENS.get(kind, 32768)
         self.write = self.generator("student")
+        self.write_as_teacher = self.generator("teacher")
         self.prefixes = TeacherPrefixes(
-            run.teacher_responses, self.generator("teacher"), tokenizer=self.pair.tokenizer,
+            run.teacher_responses, self.write_as_teacher, tokenizer=self.pair.tokenizer,
             vocabulary=self.pair.vocabulary, seed=config.seed, rule=config.guidance.length, rank=accelerator.process_index,
         )  # fmt: skip
         self.heldout_prefixes = TeacherPrefixes(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,7 @@ from .data import prompts_of_step
 from .display import Display
 from .errors import UserError
 from .export import save_student
+from .memory import with_smaller_batches
 from .metrics import batch_sums, combine, peak_memory_bytes, rollout_sums, step_metrics, update_norm
 from .recording import token_rows
 from .rollout import Rollout, make_rollout, step_prefix_limit
@@ -29,12 +31,29 @@ from .run_directory import RunDirectory
 from .scoring import Scores, ScoringOptions, score_reference, score_teacher
 from .session import Training, caught_signals, evaluate, keep_best, probe, restore, save
 
+T = TypeVar("T")
+
 #: A run stops after this many non-finite steps in a row.
 MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Interrupted(Exception):
     """SIGINT or SIGTERM arrived; the run is saved."""
+
+
+@dataclass
+class ScoredRollout:
+    """A rollout in micro-batches with what the frozen models say of it.
+
+    first: record of the first training forward, which later updates on the same rollout take their ratios from.
+    """
+
+    rollout: Rollout
+    batches: list[TokenBatch]
+    scores: list[Scores]
+    prefix_limit: int
+    seconds: dict[str, float]
+    first: list[Record] | None = None
 
 
 # ── the loop ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -55,24 +74,20 @@ def distill(
     t = Training(config, run, display, accelerator)
     if resume:
         restore(t)
-    if t.completed == 0:
-        t.last_metrics = {"step": 0, **probe(t), **evaluate(t)}
-        _log(t, t.last_metrics)
-    display.start(t.completed, config.steps)
     with caught_signals() as received:
+        if t.completed == 0:
+            log(t, {"step": 0, **probe(t), **evaluate(t)})
+        display.start(t.completed, config.steps)
         while t.completed < config.steps:
-            rollout, seconds = roll_out(t)
-            batches, scores, seconds["seconds_teacher"] = score(t, rollout)
-            rollout_time: list[Record] | None = None
-            for _ in range(min(config.updates_per_rollout, config.steps - t.completed)):
-                metrics, rollout_time = update(t, rollout, batches, scores, rollout_time, seconds)
-                _finish_step(t, metrics)
-            stop = bool(sum(gather_object([len(received)])))
-            due = config.checkpoint_every and t.completed % config.checkpoint_every < config.updates_per_rollout
-            if stop or due or t.completed >= config.steps:
+            rollout, prefix_limit, seconds_rollout = roll_out(t)
+            scored, metrics = score_and_update(t, rollout, prefix_limit, seconds_rollout)
+            finish_step(t, metrics)
+            for _ in range(min(config.updates_per_rollout - 1, config.steps - t.completed)):
+                finish_step(t, update(t, scored))
+            stop = any(gather_object([bool(received)]))
+            if stop or checkpoint_is_due(config, t.completed):
                 save(t)
             if stop and t.completed < config.steps:
-                display.stop()
                 raise Interrupted
     display.stop()
     if accelerator.is_main_process:
@@ -81,149 +96,184 @@ def distill(
     return t.last_metrics, t.first_evaluation
 
 
-def roll_out(t: Training) -> tuple[Rollout, dict[str, float]]:
-    """This process's share of the step's responses. Returns (rollout, seconds by stage)."""
-    started = time.perf_counter()
-    c = t.config
+def roll_out(t: Training) -> tuple[Rollout, int, float]:
+    """This process's share of the step's responses. Returns (rollout, longest prefix allowed, seconds)."""
+    started, c = time.perf_counter(), t.config
     chosen = prompts_of_step(len(t.prompts), c.prompts_per_step, t.completed // c.updates_per_rollout, c.seed)
     prompts = t.mine([t.prompts[index] for index in chosen])
     limit = step_prefix_limit(t.completed, c.steps, c.max_response_length) if t.guided else 0
-    prefixes = t.prefixes.draw(t.completed, prompts, limit)
-    rollout = make_rollout(
-        t.completed, prompts, prefixes, t.write, rollouts_per_prompt=c.rollouts_per_prompt,
-        max_response_length=c.max_response_length, vocabulary=t.pair.vocabulary,
-    )  # fmt: skip
-    return rollout, {"seconds_rollout": time.perf_counter() - started, "prefix_limit": limit}
+
+    def write(token_budget: int) -> Rollout:
+        t.write.token_budget = t.write_as_teacher.token_budget = token_budget
+        return make_rollout(
+            t.completed,
+            prompts,
+            t.prefixes.draw(t.completed, prompts, limit),
+            t.write,
+            rollouts_per_prompt=c.rollouts_per_prompt,
+            max_response_length=c.max_response_length,
+            vocabulary=t.pair.vocabulary,
+        )
+
+    longest = max((len(p.ids) for _, p in prompts), default=0) + c.max_response_length
+    rollout, t.rollout_tokens = shrinking(t, write, t.rollout_tokens, longest, "rollout_batch_tokens")
+    return rollout, limit, time.perf_counter() - started
 
 
-def score(t: Training, rollout: Rollout) -> tuple[list[TokenBatch], list[Scores], float]:
+def score_and_update(
+    t: Training, rollout: Rollout, prefix_limit: int, seconds_rollout: float
+) -> tuple[ScoredRollout, dict[str, Any]]:
+    """Teacher scores and the first update on a rollout, in smaller micro-batches when memory runs out."""
+
+    def attempt(token_budget: int) -> tuple[ScoredRollout, dict[str, Any]]:
+        t.optimizer.zero_grad(set_to_none=True)
+        scored = score(t, rollout, token_budget)
+        scored.prefix_limit, scored.seconds["seconds_rollout"] = prefix_limit, seconds_rollout
+        return scored, update(t, scored)
+
+    longest = max(row_lengths(rollout), default=1)
+    result, t.micro_batch_tokens = shrinking(t, attempt, t.micro_batch_tokens, longest, "micro_batch_tokens")
+    return result
+
+
+def score(t: Training, rollout: Rollout, token_budget: int) -> ScoredRollout:
     """Micro-batches with the frozen models' scores. Every process makes the same number of micro-batches."""
     started = time.perf_counter()
-    plan = plan_micro_batches(row_lengths(rollout) if len(rollout) else [], t.micro_batch_tokens)
-    longest = max(gather_object([len(plan)]))
-    plan += [[] for _ in range(longest - len(plan))]
-    observed = Needs(teacher_entropy=True, teacher_top_k=t.config.record.top_k) if _records(t) else Needs()
-    options = ScoringOptions(t.config.temperature, t.pair.vocabulary.allowed, rank=_records(t))
+    plan = plan_micro_batches(row_lengths(rollout), token_budget)
+    plan += [[] for _ in range(max(gather_object([len(plan)])) - len(plan))]
+    recorded = is_recorded(t)
+    observed = Needs(teacher_entropy=True, teacher_top_k=t.config.record.top_k) if recorded else Needs()
+    options = ScoringOptions(t.config.temperature, t.pair.vocabulary.allowed, rank=recorded)
     batches, scores = [], []
     for rows in plan:
-        batch = token_batch(rollout, rows, pad_id=t.pair.vocabulary.pad_id)
-        s = score_teacher(t.pair.teacher, batch.to(t.pair.teacher.device), t.needs | observed, options).to(
-            t.pair.device
-        )
-        batch = batch.to(t.pair.device)
-        if t.pair.reference is not None:
-            reference = score_reference(t.pair.reference, batch.to(t.pair.reference.device), options)
-            s = s.replace(reference_logprob=reference.to(t.pair.device))
+        batch = token_batch(rollout, rows, pad_id=t.pair.vocabulary.pad_id).to(t.pair.device)
+        teacher, reference = t.pair.teacher, t.pair.reference
+        s = score_teacher(teacher, batch.to(teacher.device), t.needs | observed, options).to(t.pair.device)
+        if reference is not None:
+            logprob = score_reference(reference, batch.to(reference.device), options)
+            s = s.replace(reference_logprob=logprob.to(t.pair.device))
         batches.append(batch)
         scores.append(s)
-    return batches, scores, time.perf_counter() - started
+    return ScoredRollout(rollout, batches, scores, 0, {"seconds_teacher": time.perf_counter() - started})
 
 
-def update(
-    t: Training,
-    rollout: Rollout,
-    batches: list[TokenBatch],
-    scores: list[Scores],
-    rollout_time: list[Record] | None,
-    seconds: dict[str, float],
-) -> tuple[dict[str, Any], list[Record]]:
-    """One optimizer step over the whole rollout of all processes. Returns (metrics, record of the first forward)."""
+def update(t: Training, scored: ScoredRollout) -> dict[str, Any]:
+    """One optimizer step over the whole rollout of all processes. Returns the step's metrics."""
     started = time.perf_counter()
     for group in t.optimizer.param_groups:
         group["lr"] = learning_rate(t.config, t.completed)
-    num_tokens = max(1, sum(gather_object([sum(len(b) for b in batches)])))
     request = CreditRequest(
         needs=t.needs,
-        num_tokens=num_tokens,
+        num_tokens=max(1, sum(gather_object([sum(map(len, scored.batches))]))),
         progress=t.completed / t.config.steps,
         ratio_clip=t.strategy.ratio_clip,
-        observe_top_k=t.config.record.top_k if _records(t) else 0,
+        observe_top_k=t.config.record.top_k if is_recorded(t) else 0,
     )
-    credits = _credits(t, batches, scores, rollout_time, request)
     loss, records = 0.0, []
-    for number, (batch, s, credit_of) in enumerate(zip(batches, scores, credits, strict=True)):
-        old = rollout_time[number] if rollout_time is not None else None
-        asked = replace(request, credit_of=credit_of, uniforms=region_uniforms(t.config.seed, batch), rollout_time=old)
-        last = number == len(batches) - 1
-        with t.accelerator.autocast(), gradient_sync(t, last=last):
-            micro_loss, record = t.wrapped(batch, s, asked)
-            # Data parallelism averages gradients; the denominator is global already.
+    for number, credit_of in enumerate(credits(t, scored, request)):
+        micro_loss, record = forward(t, scored, number, replace(request, credit_of=credit_of))
+        with gradient_sync(t, last=number == len(scored.batches) - 1):
+            # Data parallelism averages gradients over processes; the denominator is global already.
             t.accelerator.backward(micro_loss * t.accelerator.num_processes)
         loss += float(micro_loss.detach())
         records.append(record)
     grad_norm = float(t.accelerator.clip_grad_norm_(t.parameters, t.config.optimizer.max_grad_norm))
-    applied = _apply(t, loss, grad_norm)
-    everyone = combine(gather_object([combine([batch_sums(*p) for p in zip(batches, scores, records, strict=True)])]))
-    rows = combine(gather_object([rollout_sums(rollout) | {"loss": loss}]))
-    if _records(t) and t.accelerator.is_main_process and rollout_time is None:
-        t.run.record(t.completed + 1, token_rows(
-            rollout, batches, scores, records, tokenizer=t.pair.tokenizer, sequences=t.config.record.sequences,
-            top_k=t.config.record.top_k, seed=t.config.seed,
-        ))  # fmt: skip
+    applied = apply_update(t, loss, grad_norm)
     t.completed += 1
-    seconds = seconds | {"seconds_update": time.perf_counter() - started}
-    total_seconds = seconds["seconds_rollout"] + seconds["seconds_teacher"] + seconds["seconds_update"]
-    metrics = {
-        "step": t.completed,
-        "loss": finite(rows["loss"]),
-        **step_metrics(everyone | rows),
-        "grad_norm": finite(grad_norm),
-        "update_norm": finite(update_norm(t.optimizer)) if applied else 0.0,
-        "lr": t.optimizer.param_groups[0]["lr"],
-        "tokens_per_second": everyone.get("tokens", 0.0) / total_seconds,
-        **seconds,
-        "peak_memory_bytes": peak_memory_bytes(t.pair.device),
-        "skipped_steps": t.skipped,
-    }
-    return metrics, (rollout_time or records)
+    if scored.first is None:
+        scored.first = records
+        record_rollout(t, scored, records)
+    scored.seconds["seconds_update"] = time.perf_counter() - started
+    return collect_metrics(t, scored, records, loss=loss, grad_norm=grad_norm, applied=applied)
 
 
-def _credits(
-    t: Training,
-    batches: list[TokenBatch],
-    scores: list[Scores],
-    rollout_time: list[Record] | None,
-    request: CreditRequest,
-) -> list[CreditOf]:
+def forward(t: Training, scored: ScoredRollout, number: int, request: CreditRequest) -> tuple[torch.Tensor, Record]:
+    """One micro-batch through the wrapped student."""
+    batch = scored.batches[number]
+    old = None if scored.first is None else scored.first[number]
+    uniforms = region_uniforms(t.config.seed, batch)
+    with t.accelerator.autocast():
+        return t.wrapped(batch, scored.scores[number], replace(request, uniforms=uniforms, rollout_time=old))
+
+
+def credits(t: Training, scored: ScoredRollout, request: CreditRequest) -> list[CreditOf]:
     """`credit_of` per micro-batch: the strategy itself, or a credit made beforehand from a pass without gradient."""
-    weight = t.config.guidance.weight
+    weight, count = t.config.guidance.weight, len(scored.batches)
     if t.strategy.scope == "token":
-        return [token_credit(t.strategy, weight)] * len(batches)
-    records = []
-    with torch.no_grad(), t.accelerator.autocast():
-        for number, (batch, s) in enumerate(zip(batches, scores, strict=True)):
-            old = rollout_time[number] if rollout_time is not None else None
-            records.append(t.wrapped(batch, s, replace(request, credit_of=None, rollout_time=old))[1])
+        return [token_credit(t.strategy, weight)] * count
+    with torch.no_grad():
+        records = [forward(t, scored, number, request)[1] for number in range(count)]
     made = batch_credit(
-        t.strategy, batches, scores, records, seed=t.config.seed, progress=request.progress, guidance_weight=weight
+        t.strategy,
+        scored.batches,
+        scored.scores,
+        records,
+        seed=t.config.seed,
+        progress=request.progress,
+        guidance_weight=weight,
     )
     return [fixed_credit(credit) for credit in made]
 
 
-def _apply(t: Training, loss: float, grad_norm: float) -> bool:
+def apply_update(t: Training, loss: float, grad_norm: float) -> bool:
     """Takes the optimizer step unless something is not finite on any process. Returns whether it was taken."""
     sound = all(gather_object([math.isfinite(loss) and math.isfinite(grad_norm)]))
     if sound:
         t.optimizer.step()
-        t.skipped_in_a_row = 0
-    else:
-        t.skipped += 1
-        t.skipped_in_a_row += 1
+    t.skipped += not sound
+    t.skipped_in_a_row = 0 if sound else t.skipped_in_a_row + 1
     t.optimizer.zero_grad(set_to_none=True)
     return sound
 
 
-# ── before, between and after the steps ─────────────────────────────────────────────────────────────────────────────
+# ── what a step leaves behind ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _finish_step(t: Training, metrics: dict[str, Any]) -> None:
+def collect_metrics(
+    t: Training, scored: ScoredRollout, records: list[Record], *, loss: float, grad_norm: float, applied: bool
+) -> dict[str, Any]:
+    """The step's line of metrics.jsonl, over all processes."""
+    sums = [batch_sums(*parts) for parts in zip(scored.batches, scored.scores, records, strict=True)]
+    total = combine(gather_object([combine([*sums, rollout_sums(scored.rollout), {"loss": loss}])]))
+    return {
+        "step": t.completed,
+        "loss": finite(total["loss"]),
+        **step_metrics(total),
+        "grad_norm": finite(grad_norm),
+        "update_norm": finite(update_norm(t.optimizer)) if applied else 0.0,
+        "prefix_limit": scored.prefix_limit,
+        "lr": t.optimizer.param_groups[0]["lr"],
+        "tokens_per_second": total.get("tokens", 0.0) / sum(scored.seconds.values()),
+        **scored.seconds,
+        "peak_memory_bytes": peak_memory_bytes(t.pair.device),
+        "skipped_steps": t.skipped,
+    }
+
+
+def record_rollout(t: Training, scored: ScoredRollout, records: list[Record]) -> None:
+    """Keeps the first sequences of a recorded step in rollouts/."""
+    if not (is_recorded(t, t.completed) and t.accelerator.is_main_process):
+        return
+    rows = token_rows(
+        scored.rollout,
+        scored.batches,
+        scored.scores,
+        records,
+        tokenizer=t.pair.tokenizer,
+        sequences=t.config.record.sequences,
+        top_k=t.config.record.top_k,
+        seed=t.config.seed,
+    )
+    t.run.record(t.completed, rows)
+
+
+def finish_step(t: Training, metrics: dict[str, Any]) -> None:
     """Evaluates when due, logs, warns, and stops a run that is beyond help."""
     c = t.config
     if (c.eval_every and t.completed % c.eval_every == 0) or t.completed == c.steps:
         metrics |= evaluate(t)
         keep_best(t, metrics)
-    t.last_metrics = metrics
-    _log(t, metrics)
+    log(t, metrics)
     t.display.step(metrics, c.steps)
     for warning in t.health.check(metrics):
         t.display.warn(f"step {t.completed}: {warning}")
@@ -232,26 +282,39 @@ def _finish_step(t: Training, metrics: dict[str, Any]) -> None:
     if t.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise UserError(
             f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite loss or gradient norm; training stopped at step "
-            f"{t.completed}. The weights are those before the first of them. Lower --learning-rate, or clip the reward "
-            f"(--outlier clip); checkpoints in {t.run.checkpoints} are untouched"
+            f"{t.completed}. Lower --learning-rate, or bound the reward (--outlier clip). The checkpoints in "
+            f"{t.run.checkpoints} are untouched"
         )
+
+
+def log(t: Training, metrics: dict[str, Any]) -> None:
+    """metrics.jsonl, and the trackers."""
+    t.last_metrics = metrics
+    if t.accelerator.is_main_process:
+        t.run.append(metrics)
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    t.accelerator.log(numbers, step=metrics["step"])
 
 
 # ── small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _records(t: Training) -> bool:
-    """Whether the step in flight is recorded."""
+def is_recorded(t: Training, step: int | None = None) -> bool:
+    """Whether a step's rollout is kept; by default the step in flight."""
     every = t.config.record.every
-    return bool(every) and (t.completed + 1) % every == 0
+    return bool(every) and (t.completed + 1 if step is None else step) % every == 0
 
 
-def _log(t: Training, metrics: dict[str, Any]) -> None:
-    """metrics.jsonl, and the trackers."""
-    if t.accelerator.is_main_process:
-        t.run.append(metrics)
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-    t.accelerator.log(numbers, step=metrics["step"])
+def checkpoint_is_due(config: Config, completed: int) -> bool:
+    """After the last update, and whenever the updates of one rollout passed a multiple of `checkpoint_every`."""
+    every = config.checkpoint_every
+    return completed >= config.steps or bool(every and completed % every < config.updates_per_rollout)
+
+
+def shrinking(t: Training, action: Callable[[int], T], budget: int, smallest: int, knob: str) -> tuple[T, int]:
+    """`action` with as many tokens per batch as memory allows."""
+    alone = t.accelerator.num_processes == 1
+    return with_smaller_batches(action, budget, smallest=smallest, knob=knob, warn=t.display.warn, alone=alone)
 
 
 def gradient_sync(t: Training, *, last: bool) -> contextlib.AbstractContextManager[Any]:
