@@ -208,7 +208,7 @@ class Registry(Generic[T]):
                 )
             nested = known[key].metadata.get("registry")
             if nested is not None:
-                values[key] = value if value is None else nested().build(value)
+                values[key] = value if value is None else nested().build(_named(value, known[key], nested()))
             else:
                 values[key] = _checked(value, hints[key], f"option '{key}' of {self.kind} '{name}'")
         try:
@@ -263,6 +263,13 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for a close match among `allowed`, otherwise an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _named(spec: Any, field: dataclasses.Field[Any], registry: Registry[Any]) -> Any:
+    """Options without a name belong to the field's default: `outlier: {top_k: 32}`."""
+    if isinstance(spec, Mapping) and "name" not in spec and field.default_factory is not dataclasses.MISSING:
+        return {"name": registry.name_of(field.default_factory()), **spec}
+    return spec
 
 
 def _checked(value: Any, hint: Any, what: str) -> Any:

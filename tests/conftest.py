@@ -21,7 +21,7 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from .tiny import tiny_model, tiny_tokenizer
 
     root = tmp_path_factory.mktemp("tiny")
-    for role, kind, seed in (("student", "qwen", 0), ("teacher", "llama", 5)):
+    for role, kind, seed in (("student", "llama", 0), ("teacher", "llama", 5)):
         tiny_model(kind, seed=seed).model.save_pretrained(root / role)
         tiny_tokenizer().save_pretrained(root / role)
     rows = [{"prompt": " ".join(f"w{(7 * i + j) % 58}" for j in range(3 + i % 3)), "answer": str(i)} for i in range(12)]

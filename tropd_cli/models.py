@@ -170,7 +170,9 @@ def disable_dropout(config: Any) -> None:
                 setattr(holder, key, 0.0)
 
 
-def add_lora(student: LanguageModel, *, rank: int, alpha: int, targets: str | list[str]) -> LanguageModel:
+def add_lora(
+    student: LanguageModel, *, rank: int, alpha: int, targets: str | list[str], seed: int = 0
+) -> LanguageModel:
     """The student with LoRA adapters in float32, everything else frozen.
 
     Raises:
@@ -180,7 +182,9 @@ def add_lora(student: LanguageModel, *, rank: int, alpha: int, targets: str | li
 
     lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
     try:
-        model = get_peft_model(student.model, lora, autocast_adapter_dtype=True)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = get_peft_model(student.model, lora, autocast_adapter_dtype=True)
     except ValueError as error:
         raise UserError(f"lora_targets {targets!r} do not fit {student.name}: {error}") from error
     for parameter in model.parameters():
@@ -268,6 +272,11 @@ def check_head(language_model: LanguageModel, ids: list[int], *, tolerance: floa
     own = language_model.model(input_ids=inputs, use_cache=False).logits[0].float().log_softmax(-1)
     hidden = language_model.backbone(input_ids=inputs, use_cache=False).last_hidden_state[0]
     ours = language_model.head(hidden).log_softmax(-1)
+    if not bool(torch.isfinite(own).all()):
+        raise UserError(
+            f"'{language_model.name}' gives log-probabilities that are not finite on plain text: its weights are damaged, "
+            "or its dtype is too narrow (try --set teacher_dtype=float32)"
+        )
     gap = (own - ours).abs().max().item()
     if not gap <= tolerance:
         raise UserError(

@@ -89,7 +89,7 @@ def load_pair(config: Config, needs: Needs) -> Pair:
         alpha = config.lora_alpha or 2 * config.lora_rank
         if config.gradient_checkpointing:
             student.model.enable_input_require_grads()
-        student = add_lora(student, rank=config.lora_rank, alpha=alpha, targets=config.lora_targets)
+        student = add_lora(student, rank=config.lora_rank, alpha=alpha, targets=config.lora_targets, seed=config.seed)
     student.model.train()
     reference = None
     if needs.reference_logprob:

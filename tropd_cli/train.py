@@ -45,6 +45,7 @@ class Interrupted(Exception):
 class ScoredRollout:
     """A rollout in micro-batches with what the frozen models say of it.
 
+    recorded: whether its first sequences are kept in rollouts/.
     first: record of the first training forward, which later updates on the same rollout take their ratios from.
     """
 
@@ -53,6 +54,7 @@ class ScoredRollout:
     scores: list[Scores]
     prefix_limit: int
     seconds: dict[str, float]
+    recorded: bool = False
     first: list[Record] | None = None
 
 
@@ -154,7 +156,8 @@ def score(t: Training, rollout: Rollout, token_budget: int) -> ScoredRollout:
             s = s.replace(reference_logprob=logprob.to(t.pair.device))
         batches.append(batch)
         scores.append(s)
-    return ScoredRollout(rollout, batches, scores, 0, {"seconds_teacher": time.perf_counter() - started})
+    seconds = {"seconds_teacher": time.perf_counter() - started}
+    return ScoredRollout(rollout, batches, scores, 0, seconds, recorded)
 
 
 def update(t: Training, scored: ScoredRollout) -> dict[str, Any]:
@@ -167,7 +170,7 @@ def update(t: Training, scored: ScoredRollout) -> dict[str, Any]:
         num_tokens=max(1, sum(gather_object([sum(map(len, scored.batches))]))),
         progress=t.completed / t.config.steps,
         ratio_clip=t.strategy.ratio_clip,
-        observe_top_k=t.config.record.top_k if is_recorded(t) else 0,
+        observe_top_k=t.config.record.top_k if scored.recorded else 0,
     )
     loss, records = 0.0, []
     for number, credit_of in enumerate(credits(t, scored, request)):
@@ -252,7 +255,7 @@ def collect_metrics(
 
 def record_rollout(t: Training, scored: ScoredRollout, records: list[Record]) -> None:
     """Keeps the first sequences of a recorded step in rollouts/."""
-    if not (is_recorded(t, t.completed) and t.accelerator.is_main_process):
+    if not (scored.recorded and t.accelerator.is_main_process):
         return
     rows = token_rows(
         scored.rollout,
@@ -299,10 +302,10 @@ def log(t: Training, metrics: dict[str, Any]) -> None:
 # ── small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def is_recorded(t: Training, step: int | None = None) -> bool:
-    """Whether a step's rollout is kept; by default the step in flight."""
-    every = t.config.record.every
-    return bool(every) and (t.completed + 1 if step is None else step) % every == 0
+def is_recorded(t: Training) -> bool:
+    """Whether the rollout in flight is kept: one of its updates completes a multiple of `record.every`."""
+    every, last = t.config.record.every, t.completed + t.config.updates_per_rollout
+    return bool(every) and last // every > t.completed // every
 
 
 def checkpoint_is_due(config: Config, completed: int) -> bool:
