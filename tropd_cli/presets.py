@@ -123,7 +123,7 @@ PRESETS = {
             "FKL",
             {"name": "fkl", "top_k": 64},
             {"math": (0.00, 0.00, 4.21, 1.40)},
-            note="the collapse fits a KL used as a reward (as_reward: true) better than a differentiated one",
+            note="the paper does not say whether the KL was differentiated (this preset) or a reward (as_reward: true)",
         ),
         Preset("jsd", "JSD", {"name": "jsd", "mix": 0.5, "top_k": 64}, {"math": (37.91, 30.72, 75.07, 47.90)}),
         Preset(
