@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 T = TypeVar("T")
 
+OWN_PACKAGES = ("strategies", "tropd_cli")  #: what they register is built in
+
 
 class RegistryError(ValueError):
     """An unknown name, option or value, a clash, or a plug-in that does not load. The message is for the user."""
@@ -46,7 +48,7 @@ class _Registered(Generic[T]):
 
     @property
     def built_in(self) -> bool:
-        return self.file is None and self.cls.__module__.partition(".")[0] == __package__
+        return self.file is None and self.cls.__module__.partition(".")[0] in OWN_PACKAGES
 
 
 class Registry(Generic[T]):

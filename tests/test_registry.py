@@ -106,6 +106,12 @@ def test_built_in_names() -> None:
     assert [entry.name for entry in OUTLIERS.entries() if entry.built_in] == ["clip", "forward-kl", "mask"]
 
 
+def test_the_program_s_own_registries_count_as_built_in() -> None:
+    from tropd_cli.verifiers import VERIFIERS
+
+    assert VERIFIERS.entries() and all(entry.built_in and entry.package == "tropd" for entry in VERIFIERS.entries())
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
