@@ -14,6 +14,7 @@ import typer
 from .config import Config, build_config, build_strategy, merge, parse_set, read_yaml, to_yaml
 from .display import Display
 from .errors import UserError
+from .presets import get_preset
 from .run_directory import RunDirectory, default_output
 
 #: The demo's own small setting; the paper's is for real models.
@@ -56,7 +57,7 @@ def resolve(request: DistillRequest) -> tuple[Config, bool]:
     for assignment in request.assignments:
         typed = merge(typed, parse_set(assignment))
     missing = [key for key in ("student", "teacher", "data") if typed.get(key) is None]
-    layers = [typed]
+    layers = [get_preset(request.preset).config()] if request.preset else []
     if len(missing) == 3:
         layers.insert(0, DEMO_PRESET)
     elif missing:
@@ -64,6 +65,7 @@ def resolve(request: DistillRequest) -> tuple[Config, bool]:
         raise UserError(
             f"{flags} missing. Give --student, --teacher and --data, or none of the three for the built-in demo"
         )
+    layers.append(typed)
     config = build_config(*layers)
     if len(config.optimizer.betas) != 2 or not all(0.0 <= b < 1.0 for b in config.optimizer.betas):
         raise UserError(
@@ -92,7 +94,13 @@ def distill(request: DistillRequest) -> None:
     if not request.resume:
         config = config.model_copy(update={"output": config.output or default_output(config.strategy["name"])})
         run = RunDirectory(Path(str(config.output)))
+        if not is_worker():
+            run.refuse_existing(overwrite=request.overwrite)
     if config.num_processes > 1 and not is_worker():
+        if config.data == "-":
+            raise UserError(
+                "--data - with --num-processes: workers share no standard input. Write the prompts to a file first"
+            )
         from .models import resolve_device
 
         arguments = [
@@ -111,6 +119,7 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
         torch.set_num_threads(config.threads)
     quiet_libraries()
     from .launch import make_accelerator
+    from .session import Training
     from .train import Interrupted
     from .train import distill as run_training
 
@@ -127,15 +136,16 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
     if config.student == config.teacher:
         display.warn(f"student and teacher are both '{config.student}': there will be no signal")
     accelerator = make_accelerator(config, str(run.path))
+    training = Training(config, run, display, accelerator)
     if not request.resume and accelerator.is_main_process:
-        run.create(config, overwrite=request.overwrite)
+        run.create(config, overwrite=request.overwrite, prompts=training.standard_input)
     accelerator.wait_for_everyone()
     if config.log_with:
         accelerator.init_trackers(
             "tropd", {k: v for k, v in config.model_dump().items() if isinstance(v, (int, float, str))}
         )
     try:
-        metrics, first = run_training(config, run, display, accelerator, resume=bool(request.resume))
+        metrics, first = run_training(training, resume=bool(request.resume))
     except Interrupted:
         display.note(f"interrupted; everything is saved. Continue with: tropd distill --resume {run.path}")
         raise typer.Exit(130) from None

@@ -99,8 +99,10 @@ class PromptFormat:
         return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def read_rows(source: str, *, skip_bad_rows: bool = False) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-    """Rows of a JSONL file, of standard input (`-`) or of a hub data set (`owner/name` or `owner/name:split`).
+def read_rows(
+    source: str, *, skip_bad_rows: bool = False, text: str | None = None
+) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """Rows of a JSONL file, of standard input (`-`, or its `text` where it has been read) or of a hub data set (`owner/name` or `owner/name:split`).
 
     Returns:
         ([("file, line 3", row), ...], problems skipped). Blank lines are passed over.
@@ -113,7 +115,7 @@ def read_rows(source: str, *, skip_bad_rows: bool = False) -> tuple[list[tuple[s
         rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in task.problems(split, count, seed=0)]
         return [(f"{source}, row {i + 1}", row) for i, row in enumerate(rows)], []
     if source == "-":
-        lines: Iterable[str] = sys.stdin
+        lines: Iterable[str] = sys.stdin if text is None else text.splitlines()
         label = "standard input"
     elif Path(source).is_file():
         try:
@@ -171,10 +173,10 @@ def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
 
 
 def load_prompts(
-    source: str, prompt_format: PromptFormat, *, skip_bad_rows: bool = False
+    source: str, prompt_format: PromptFormat, *, skip_bad_rows: bool = False, text: str | None = None
 ) -> tuple[list[Prompt], list[str]]:
     """All prompts of a source, encoded. Returns (prompts, problems skipped). Raises UserError like `read_rows`."""
-    rows, problems = read_rows(source, skip_bad_rows=skip_bad_rows)
+    rows, problems = read_rows(source, skip_bad_rows=skip_bad_rows, text=text)
     return encode_rows(rows, prompt_format, problems, skip_bad_rows=skip_bad_rows)
 
 

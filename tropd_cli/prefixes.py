@@ -29,11 +29,18 @@ class TeacherPrefixes:
     ) -> None:  # fmt: skip
         self.generator, self.tokenizer, self.vocabulary = generator, tokenizer, vocabulary
         self.seed, self.rule = seed, rule
-        folder.mkdir(exist_ok=True)
-        self.path = folder / f"process-{rank}.jsonl"
-        self.known: dict[int, list[int]] = {}
-        for path in sorted(folder.glob("process-*.jsonl")):
-            self.known.update(_read_cache(path))
+        self.folder, self.path = folder, folder / f"process-{rank}.jsonl"
+        self._known: dict[int, list[int]] | None = None
+
+    @property
+    def known(self) -> dict[int, list[int]]:
+        """Responses by prompt index, read from all processes' files at first use."""
+        if self._known is None:
+            self.folder.mkdir(exist_ok=True)
+            self._known = {}
+            for path in sorted(self.folder.glob("process-*.jsonl")):
+                self._known.update(_read_cache(path))
+        return self._known
 
     def draw(self, step: int, prompts: Sequence[tuple[int, Prompt]], limit: int) -> list[list[int]]:
         """Prefix ids per (slot, prompt); the limit is the longest prefix of this step.

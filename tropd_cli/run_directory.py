@@ -32,26 +32,38 @@ class RunDirectory:
         self.best = path / "best"
         self.teacher_responses = path / "teacher_responses"
 
-    def create(self, config: Config, *, overwrite: bool) -> None:
+    def refuse_existing(self, *, overwrite: bool) -> None:
+        """Raises UserError when something is here already that must not be replaced."""
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not overwrite:
+            raise UserError(
+                f"'{self.path}' exists already. Continue it with: tropd distill --resume {self.path}, replace it with "
+                "--overwrite, or choose another --output"
+            )
+        if not self.config.is_file():
+            raise UserError(
+                f"'{self.path}' is no run directory (no config.yaml), so --overwrite leaves it alone. Choose another --output"
+            )
+
+    def create(self, config: Config, *, overwrite: bool, prompts: str | None = None) -> None:
         """Makes a new run directory.
 
+        Args:
+            prompts: what came in on standard input, kept so that the run can be resumed.
+
         Raises:
-            UserError: it exists already (and is not to be overwritten, or is no run), or cannot be written.
+            UserError: it exists already (and is not to be overwritten), or cannot be written.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            if not overwrite:
-                raise UserError(
-                    f"'{self.path}' exists already. Continue it with: tropd distill --resume {self.path}, replace it with "
-                    "--overwrite, or choose another --output"
-                )
-            if not self.config.is_file():
-                raise UserError(
-                    f"'{self.path}' is no run directory (no config.yaml), so --overwrite leaves it alone. Choose another --output"
-                )
-            shutil.rmtree(self.path)
+        self.refuse_existing(overwrite=overwrite)
         try:
+            if self.path.exists():
+                shutil.rmtree(self.path)
             for folder in (self.rollouts, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
+            if prompts is not None:
+                (self.path / "prompts.jsonl").write_text(prompts, encoding="utf-8")
+                config = config.model_copy(update={"data": str(self.path / "prompts.jsonl")})
             self.config.write_text(to_yaml(config), encoding="utf-8")
             (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
             self.metrics.touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ class Training:
         self.strategy = build_strategy(config)
         self.needs = self.strategy.needs | Needs(teacher_logprob=True, student_entropy=True)
         self.pair = load_pair(config, self.needs)
+        self.standard_input = sys.stdin.read() if config.data == "-" else None
         self.prompts = self._load(config.data)
         self.heldout_prompts = self._load(config.eval_data)[: config.eval_prompts] if config.eval_data else []
         self.judge = judge_for(config.verifier, config.data)
@@ -77,7 +79,12 @@ class Training:
 
     def _load(self, source: str | None) -> list[Prompt]:
         assert source is not None
-        prompts, problems = load_prompts(source, self.pair.prompt_format, skip_bad_rows=self.config.skip_bad_rows)
+        prompts, problems = load_prompts(
+            source,
+            self.pair.prompt_format,
+            skip_bad_rows=self.config.skip_bad_rows,
+            text=self.standard_input if source == "-" else None,
+        )
         if problems:
             self.display.warn(f"{source}: {len(problems)} bad rows skipped, first: {problems[0]}")
         return prompts

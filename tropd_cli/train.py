@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from strategies import Needs
@@ -20,14 +19,12 @@ from .config import Config
 from .credit_loss import CreditOf, CreditRequest, Record
 from .crediting import batch_credit, fixed_credit, region_uniforms, token_credit
 from .data import prompts_of_step
-from .display import Display
 from .errors import UserError
 from .export import save_student
 from .memory import with_smaller_batches
 from .metrics import batch_sums, combine, peak_memory_bytes, rollout_sums, step_metrics, update_norm
 from .recording import token_rows
 from .rollout import Rollout, make_rollout, step_prefix_limit
-from .run_directory import RunDirectory
 from .scoring import Scores, ScoringOptions, score_reference, score_teacher
 from .session import Training, caught_signals, evaluate, keep_best, probe, restore, save
 
@@ -61,9 +58,7 @@ class ScoredRollout:
 # ── the loop ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def distill(
-    config: Config, run: RunDirectory, display: Display, accelerator: Accelerator, *, resume: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def distill(t: Training, *, resume: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains until `config.steps` updates are done, and saves the student.
 
     Returns:
@@ -73,7 +68,7 @@ def distill(
         UserError: a problem the user can fix.
         Interrupted: a signal arrived; everything is saved.
     """
-    t = Training(config, run, display, accelerator)
+    config, display = t.config, t.display
     if resume:
         restore(t)
     with caught_signals() as received:
@@ -92,9 +87,9 @@ def distill(
             if stop and t.completed < config.steps:
                 raise Interrupted
     display.stop()
-    if accelerator.is_main_process:
-        save_student(t.pair, config, run.student, t.last_metrics)
-    accelerator.wait_for_everyone()
+    if t.accelerator.is_main_process:
+        save_student(t.pair, config, t.run.student, t.last_metrics)
+    t.accelerator.wait_for_everyone()
     return t.last_metrics, t.first_evaluation
 
 
