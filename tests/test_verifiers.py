@@ -235,8 +235,8 @@ def checkers(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_ifbench_needs_every_instruction(checkers: types.ModuleType) -> None:
     verifier = VERIFIERS.build("ifbench")
     reference = {"prompt": "p", "instruction_id_list": ["words", "words"], "kwargs": [{"n": 1, "m": None}, {"n": 3}]}
-    assert verifier.verify("one two three", reference) == Verdict(True, None, "followed: words, words")
-    assert verifier.verify("one two", reference) == Verdict(False, None, "not followed: words")
+    assert verifier.verify("one two three", reference) == Verdict(True, "2 of 2 instructions", "followed: words, words")
+    assert verifier.verify("one two", reference) == Verdict(False, "1 of 2 instructions", "not followed: words")
     assert verifier.verify(" ", reference).reason == "empty completion"
     with pytest.raises(ValueError, match="instructions dance are unknown"):
         verifier.verify("one", reference | {"instruction_id_list": ["dance"]})

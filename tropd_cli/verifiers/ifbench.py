@@ -53,7 +53,7 @@ class IFBench:
             raise UserError(f"checking {', '.join(names)} needs NLTK's data, which is not installed: {DATA}") from error
         missed = [name for name, good in zip(names, followed, strict=True) if not good]
         reason = f"not followed: {', '.join(missed)}" if missed else f"followed: {', '.join(names)}"
-        return Verdict(not missed, None, reason)
+        return Verdict(not missed, f"{len(names) - len(missed)} of {len(names)} instructions", reason)
 
 
 def checkers() -> Any:
