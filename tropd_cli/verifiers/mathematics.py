@@ -27,6 +27,7 @@ from .base import VERIFIERS, Verdict, no_answer
 
 WORKER = Path(__file__).with_name("math_worker.py")
 THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,!;: ]|[\u00a0\u202f])(?=\d{3}(?!\d))")  # between thousands
+BOLD_NUMBER = re.compile(r"^\\(?:text|textbf|mathbf|mathrm)\s*\{\s*\(?(-?[\d.,]+)\)?\s*\}$")
 START_SECONDS = 60.0
 ANSWER_CHARACTERS = 2000  # nobody's answer is longer; a parser's worst case may be
 TEXT_CHARACTERS = 4000  # where no answer is announced, the end of the text is searched
@@ -57,7 +58,7 @@ class Math:
         if not text.strip():
             return no_answer(text)
         answer = last_box(text) or last_announced(text)
-        plain = None if answer is None else THIN_SPACE.sub("", unwrapped(answer))
+        plain = None if answer is None else BOLD_NUMBER.sub(r"\1", THIN_SPACE.sub("", unwrapped(answer)))
         question = {"reference": str(reference), "answer": plain, "text": text[-TEXT_CHARACTERS:]}
         if answer is not None and len(answer) > ANSWER_CHARACTERS:
             return Verdict(False, answer[:100], f"the answer has {len(answer)} characters")
