@@ -57,7 +57,7 @@ def resolve(request: DistillRequest) -> tuple[Config, bool]:
     for assignment in request.assignments:
         typed = merge(typed, parse_set(assignment))
     missing = [key for key in ("student", "teacher", "data") if typed.get(key) is None]
-    layers = [get_preset(request.preset).config()] if request.preset else []
+    layers = [get_preset(request.preset).config] if request.preset else []
     if len(missing) == 3:
         layers.insert(0, DEMO_PRESET)
     elif missing:

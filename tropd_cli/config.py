@@ -23,7 +23,7 @@ class Section(BaseModel):
 
 
 class Guidance(Section):
-    """Teacher-written prefixes. auto: on for trust-region only."""
+    """Teacher-written prefixes. auto: on for trust-region and its composition with AOPD."""
 
     enabled: Literal["auto"] | bool = "auto"
     length: Literal["uniform", "min"] = "uniform"

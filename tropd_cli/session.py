@@ -31,6 +31,9 @@ from .run_directory import RunDirectory
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 ROLLOUT_BATCH_TOKENS = {"cpu": 32768, "cuda": 262144}
 
+#: Strategies that come with teacher-written prefixes unless the configuration says otherwise.
+GUIDED_BY_DEFAULT = ("trust-region", "trust-region-aopd")
+
 
 class Training:
     """Everything one run holds. `completed` counts finished updates."""
@@ -45,7 +48,7 @@ class Training:
         self.heldout_prompts = self._load(config.eval_data)[: config.eval_prompts] if config.eval_data else []
         self.judge = judge_for(config.verifier, config.data)
         enabled = config.guidance.enabled
-        self.guided = config.strategy["name"] == "trust-region" if enabled == "auto" else enabled
+        self.guided = config.strategy["name"] in GUIDED_BY_DEFAULT if enabled == "auto" else enabled
 
         self.module = CreditLoss(self.pair.student, temperature=config.temperature)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
