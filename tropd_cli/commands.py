@@ -23,13 +23,13 @@ DEMO_PRESET: dict[str, Any] = {
     "teacher": "demo:teacher",
     "data": "demo:train",
     "eval_data": "demo:heldout",
-    "steps": 60,
+    "steps": 50,
     "prompts_per_step": 24,
     "rollouts_per_prompt": 4,
     "max_prompt_length": 64,
     "max_response_length": 64,
-    "learning_rate": 1e-3,
-    "checkpoint_every": 20,
+    "learning_rate": 5e-4,
+    "checkpoint_every": 25,
 }
 
 
