@@ -10,6 +10,8 @@ function draw(tag, attributes, text) {
   return element;
 }
 
+const label = (x, y, anchor, text) => draw('text', {x, y, 'text-anchor': anchor}, text);
+
 const inside = {
   x: share => LEFT + share * (WIDTH - LEFT - RIGHT),
   y: share => HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP),
@@ -52,24 +54,24 @@ function drawHistogram(view, rule) {
   for (let power = 0; power <= decades; power++) {
     const y = inside.y(height(10 ** power));
     svg.append(draw('line', {class: 'axis', x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y}));
-    svg.append(draw('text', {x: LEFT - 6, y: y + 4, 'text-anchor': 'end'}, whole(10 ** power)));
+    svg.append(label(LEFT - 6, y + 4, 'end', whole(10 ** power)));
   }
   const place = ratio => (ratio - LOWEST) / (HIGHEST - LOWEST);
   for (let k = 0; k < BINS; k++) {
     const from = LOWEST + k * (HIGHEST - LOWEST) / BINS;
-    const label = `R from ${nats(from, 2)}: ${whole(trust[k])} trusted, ${whole(outlier[k])} outliers`;
-    if (trust[k]) svg.append(bar('trust', k / BINS, 0.92 / BINS, height(trust[k]), label));
-    if (outlier[k]) svg.append(bar('outlier', (k + 0.22) / BINS, 0.5 / BINS, height(outlier[k]), label));
+    const title = `R from ${nats(from, 2)}: ${whole(trust[k])} trusted, ${whole(outlier[k])} outliers`;
+    if (trust[k]) svg.append(bar('trust', k / BINS, 0.92 / BINS, height(trust[k]), title));
+    if (outlier[k]) svg.append(bar('outlier', (k + 0.22) / BINS, 0.5 / BINS, height(outlier[k]), title));
   }
   for (let ratio = LOWEST; ratio <= HIGHEST; ratio += 2) {
     const sign = ratio === LOWEST ? '≤ ' : ratio === HIGHEST ? '≥ ' : '';
-    svg.append(draw('text', {x: inside.x(place(ratio)), y: HEIGHT - 19, 'text-anchor': 'middle'}, sign + nats(ratio, 0)));
+    svg.append(label(inside.x(place(ratio)), HEIGHT - 19, 'middle', sign + nats(ratio, 0)));
   }
   if (rule.kind === 'threshold') {
     const x = inside.x(place(rule.threshold));
     svg.append(draw('line', {class: 'limit', x1: x, x2: x, y1: TOP, y2: inside.y(0)}));
   }
-  svg.append(draw('text', {x: WIDTH - RIGHT, y: HEIGHT - 3, 'text-anchor': 'end'}, 'nats; tokens, logarithmic'));
+  svg.append(label(WIDTH - RIGHT, HEIGHT - 3, 'end', 'nats; tokens, logarithmic'));
   return svg;
 }
 
@@ -82,7 +84,7 @@ function drawPosition(panes) {
   for (const share of [0, top / 2, top]) {
     const y = inside.y(share / top);
     svg.append(draw('line', {class: 'axis', x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y}));
-    svg.append(draw('text', {x: LEFT - 6, y: y + 4, 'text-anchor': 'end'}, percent(share, 0)));
+    svg.append(label(LEFT - 6, y + 4, 'end', percent(share, 0)));
   }
   shares.forEach((tenths, pane) => tenths.forEach((share, tenth) => {
     if (share === null) return;
@@ -95,8 +97,8 @@ function drawPosition(panes) {
     svg.append(rect);
   }));
   for (let tenth = 0; tenth < 10; tenth++) {
-    svg.append(draw('text', {x: inside.x((tenth + 0.5) / 10), y: HEIGHT - 19, 'text-anchor': 'middle'}, tenth + 1));
+    svg.append(label(inside.x((tenth + 0.5) / 10), HEIGHT - 19, 'middle', tenth + 1));
   }
-  svg.append(draw('text', {x: WIDTH - RIGHT, y: HEIGHT - 3, 'text-anchor': 'end'}, 'of the student\'s tokens, start to end'));
+  svg.append(label(WIDTH - RIGHT, HEIGHT - 3, 'end', 'of the student\'s tokens, start to end'));
   return svg;
 }

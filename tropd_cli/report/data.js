@@ -109,7 +109,8 @@ function frequentOutliers(view, rule) {
 // ── numbers and elements ────────────────────────────────────────────────────────────────────────────────────────────
 
 const minus = text => text.replace('-', '−');
-const nats = (value, digits = 3) => value === null ? '–' : Number.isFinite(value) ? minus((Math.round(value * 10 ** digits) / 10 ** digits + 0).toFixed(digits)) : '−∞';
+const rounded = (value, digits) => (Math.round(value * 10 ** digits) / 10 ** digits + 0).toFixed(digits); // no −0.0
+const nats = (value, digits = 3) => value === null ? '–' : value === -Infinity ? '−∞' : minus(rounded(value, digits));
 const percent = (share, digits = 1) => share === null ? '–' : `${(100 * share).toFixed(digits)} %`;
 const whole = number => number.toLocaleString('en');
 

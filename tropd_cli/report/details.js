@@ -23,7 +23,7 @@ function showDetails(i, panes) {
     ['drawn with u', columns.uniform[i] === null ? '–' : (columns.uniform[i] / units.uniform).toFixed(4)],
     ['student\'s entropy', nats(scaled(columns.student_entropy[i], units.milli))],
     ['teacher\'s entropy', nats(scaled(columns.teacher_entropy[i], units.milli))],
-    ['teacher\'s rank', columns.rank[i] === null ? '–' : columns.rank[i] === 0 ? '0, its first choice' : columns.rank[i]],
+    ['teacher\'s rank', columns.rank[i] === 0 ? '0, its first choice' : columns.rank[i] ?? '–'],
   ];
   panel.append(list(facts));
   for (const {view, rule, label} of panes) {
@@ -31,7 +31,7 @@ function showDetails(i, panes) {
     panel.append(list([
       ['region', REGION_NAME[regionOf(view, i, rule)]],
       ...(isSoft(view, rule) ? [['weight of the estimator', outlierWeight(view, i, rule).toFixed(3)]] : []),
-      [rule.kind === 'recorded' ? 'credit on the token' : 'credit as recorded', nats(scaled(view.credit[i], units.milli))],
+      [`credit ${rule.kind === 'recorded' ? 'on the token' : 'as recorded'}`, nats(scaled(view.credit[i], units.milli))],
       ['credit on the top k', nats(scaled(view.mass[i], units.milli))],
     ]));
   }

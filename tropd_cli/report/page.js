@@ -1,6 +1,8 @@
 // The page: panes of text per strategy, the controls above them, and what changes when one moves.
 
-const state = {shown: views.map((_, index) => index), colour: 'region', kind: 'recorded', threshold: data.rule.threshold};
+const state = {
+  shown: views.map((_, index) => index), colour: 'region', kind: 'recorded', threshold: data.rule.threshold,
+};
 const RECORDED = {kind: 'recorded'};
 let panes = [];      // {view, rule, label, tokens: [element per token]}
 let current = null;  // {pane, i}: the token in the details
@@ -13,7 +15,8 @@ function describePanes() {
   }[state.kind];
   return state.shown.map((index, place) => {
     const view = views[index], name = view.name || 'as recorded';
-    return place || !whatIf ? {view, rule: RECORDED, label: name} : {view, rule, label: view.name ? `${view.name} → ${whatIf}` : whatIf};
+    if (place || !whatIf) return {view, rule: RECORDED, label: name};
+    return {view, rule, label: view.name ? `${view.name} → ${whatIf}` : whatIf};
   });
 }
 
@@ -21,7 +24,8 @@ function describePanes() {
 
 const level = (value, limits) => limits.filter(limit => value >= limit).length;
 const shade = (hue, value, limits) => level(value, limits) ? hue + level(value, limits) : '';
-const RATIO_LIMITS = [0.1, 0.5, 1, 3, 6], ENTROPY_LIMITS = [0.05, 0.25, 0.75, 1.5, 2.5], SHARE_LIMITS = [0.05, 0.2, 0.4, 0.6, 0.8];
+const RATIO_LIMITS = [0.1, 0.5, 1, 3, 6], ENTROPY_LIMITS = [0.05, 0.25, 0.75, 1.5, 2.5];
+const SHARE_LIMITS = [0.05, 0.2, 0.4, 0.6, 0.8];
 
 function regionShade(pane, i, region) {
   if (region === 'g') return 'purple2';

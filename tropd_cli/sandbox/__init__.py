@@ -128,13 +128,15 @@ def run_tests(
     judge = {"role": "judge", "tests": tests, "setup": setup, "entry_point": entry_point}
     (result,) = supervise([{"roles": [worker, judge]}], available().mode, limits or Limits())
     output = result["boxes"][0]["output"]
+    if result["kind"] != "ended":  # a verdict that was written while the boxes were taken down says nothing
+        return Outcome(False, str(result["reason"]), output)
     verdict = read_verdict(result["boxes"][1]["verdict"])
-    if verdict is not None:
-        reason = str(verdict["reason"])
-        if not verdict["passed"]:
-            reason = worker_end(result["boxes"][0]["status"]) or reason
-        return Outcome(verdict["passed"] is True and result["kind"] == "ended", reason[:REASON_CHARACTERS], output)
-    return Outcome(False, (broken(result, 1) or "the tests did not finish")[:REASON_CHARACTERS], output)
+    if verdict is None:
+        return Outcome(False, (broken(result, 1) or "the tests did not finish")[:REASON_CHARACTERS], output)
+    reason = str(verdict["reason"])
+    if not verdict["passed"]:
+        reason = worker_end(result["boxes"][0]["status"]) or reason
+    return Outcome(verdict["passed"] is True, reason[:REASON_CHARACTERS], output)
 
 
 def read_verdict(text: str) -> dict[str, Any] | None:
