@@ -16,7 +16,7 @@ from .inspection import Inspection
 from .payload import page_data
 
 TEMPLATE, STYLE = "page.html", "page.css"
-SCRIPTS = ("data.js", "charts.js", "details.js", "page.js")
+SCRIPTS = ("data.js", "charts.js", "colours.js", "details.js", "page.js")
 
 
 def render_html(inspection: Inspection) -> str:

@@ -20,52 +20,6 @@ function describePanes() {
   });
 }
 
-// ── colours ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-const level = (value, limits) => limits.filter(limit => value >= limit).length;
-const shade = (hue, value, limits) => level(value, limits) ? hue + level(value, limits) : '';
-const RATIO_LIMITS = [0.1, 0.5, 1, 3, 6], ENTROPY_LIMITS = [0.05, 0.25, 0.75, 1.5, 2.5];
-const SHARE_LIMITS = [0.05, 0.2, 0.4, 0.6, 0.8];
-
-function regionShade(pane, i, region) {
-  if (region === 'g') return 'purple2';
-  if (region === 'i') return '';
-  if (isSoft(pane.view, pane.rule)) return shade('orange', outlierWeight(pane.view, i, pane.rule), SHARE_LIMITS);
-  return region === 'o' ? `orange${3 + strength(i)}` : strength(i) ? `blue${strength(i)}` : '';
-}
-
-const shades = {
-  region: regionShade,
-  ratio: (_, i) => signed(logRatio(i)),
-  acceptance: (_, i) => shade('orange', 1 - (acceptance(i) ?? 1), SHARE_LIMITS),
-  credit: ({view}, i) => view.credit[i] ? signed(view.credit[i] / units.milli)
-    : shade('green', Math.abs(view.mass[i] ?? 0) / units.milli, SHARE_LIMITS),
-  student_entropy: (_, i) => shade('green', (columns.student_entropy[i] ?? 0) / units.milli, ENTROPY_LIMITS),
-  teacher_entropy: (_, i) => shade('green', (columns.teacher_entropy[i] ?? 0) / units.milli, ENTROPY_LIMITS),
-};
-const signed = value => value === null ? '' : shade(value > 0 ? 'blue' : 'orange', Math.abs(value), RATIO_LIMITS);
-
-const scale = (hue, names) => names.map((name, index) => [`${hue}${index + 1}`, name]);
-const SIGNED_LEGEND = what => [
-  ...scale('orange', RATIO_LIMITS.map((limit, place) => `${place === 4 ? `${what} ` : ''}≤ −${limit}`)).reverse(), ['', 'near 0'],
-  ...scale('blue', RATIO_LIMITS.map(limit => `≥ ${limit}`)),
-];
-const REGION_LEGEND = [
-  ['', 'trust'], ['blue1', 'trust, |R| ≥ 1'], ['blue2', 'trust, |R| ≥ 3'], ['o orange3', 'outlier'],
-  ['o orange4', 'outlier, |R| ≥ 1'], ['o orange5', 'outlier, |R| ≥ 3'], ['g purple2', 'teacher wrote it'], ['i', 'ignored'],
-];
-const legends = {
-  region: () => [
-    ...(panes.every(pane => isSoft(pane.view, pane.rule)) ? [['', 'trust'], ['o', 'drawn as outlier'], ...REGION_LEGEND.slice(6)] : REGION_LEGEND),
-    ...(panes.some(pane => isSoft(pane.view, pane.rule)) ? scale('orange', SHARE_LIMITS.map(limit => `1 − w ≥ ${limit}`)) : []),
-  ],
-  ratio: () => SIGNED_LEGEND('R'),
-  acceptance: () => [['', 'accepted'], ...scale('orange', SHARE_LIMITS.map(limit => `P ≤ ${(1 - limit).toFixed(2)}`))],
-  credit: () => [...SIGNED_LEGEND('credit'), ['green5', 'on the teacher\'s top k instead']],
-  student_entropy: () => [['', 'certain'], ...scale('green', ENTROPY_LIMITS.map(limit => `≥ ${limit} nats`))],
-  teacher_entropy: () => legends.student_entropy(),
-};
-
 // ── what every change redraws ───────────────────────────────────────────────────────────────────────────────────────
 
 /** Colours, marks and counts; elements are touched only where their class changes. */
@@ -89,9 +43,13 @@ function refresh() {
   byId('histogram').replaceChildren(drawHistogram(panes[0].view, panes[0].rule));
   byId('position').replaceChildren(drawPosition(panes));
   showFrequent();
-  document.querySelectorAll('.pane').forEach(box => { box.querySelector('h3').textContent = panes[box.dataset.pane].label; });
+  for (const title of document.querySelectorAll('.pane h3')) {
+    title.textContent = panes[title.parentElement.dataset.pane].label;
+  }
   byId('threshold-value').textContent = `R ≥ ${nats(state.threshold, 2)}`;
-  byId('legend').replaceChildren(...legends[state.colour]().map(([className, text]) => make('span', {className: `k ${className}`, text})));
+  byId('legend').replaceChildren(
+    ...legends[state.colour]().map(([className, text]) => make('span', {className: `k ${className}`, text})),
+  );
   if (current) showDetails(current.i, panes);
 }
 
@@ -169,7 +127,8 @@ const withBreaks = text => text.replaceAll('⏎', '⏎\n');
 function buildPane(sequence, pane, place) {
   const text = make('div', {className: 'text mono'});
   for (let i = sequence.start; i < sequence.start + sequence.length; i++) {
-    const token = make('span', {text: withBreaks(texts[columns.text[i]]), 'data-i': i, tabindex: i === sequence.start ? 0 : -1});
+    const shown = withBreaks(texts[columns.text[i]]);
+    const token = make('span', {text: shown, 'data-i': i, tabindex: i === sequence.start ? 0 : -1});
     pane.tokens[i] = token;
     text.append(token);
   }
@@ -179,19 +138,21 @@ function buildPane(sequence, pane, place) {
 }
 
 function buildHead() {
-  byId('facts').append(...data.facts.map(([name, value]) => make('div', {}, [make('dt', {text: name}), make('dd', {text: value})])));
+  const fact = ([name, value]) => make('div', {}, [make('dt', {text: name}), make('dd', {text: value})]);
+  byId('facts').append(...data.facts.map(fact));
   const summary = data.summaries[0];
   if (!summary) return;
   byId('advice').append(...summary.advice.map(text => make('p', {text})));
-  const {eos, length, given} = summary.finish;
+  const {eos, length, given} = summary.finish, ratio = summary.log_ratio, forward = summary.forward_kl;
+  const ends = `${eos} ended, ${length} cut${given ? `, ${given} given` : ''}`;
   const cards = [
     ['acceptance', percent(summary.acceptance), 'mean min(p/q, 1)'],
     ['reverse KL', nats(summary.reverse_kl), 'nats, −mean R'],
-    ['forward KL', summary.forward_kl === null ? '–' : `≥ ${nats(summary.forward_kl)}`, summary.forward_kl === null ? '' : 'nats, from the top k'],
-    ['R, 5 % tail', nats(summary.log_ratio.quantiles['0.05'], 2), `1 %: ${nats(summary.log_ratio.quantiles['0.01'], 2)}, least ${nats(summary.log_ratio.min, 2)}`],
+    ['forward KL', forward === null ? '–' : `≥ ${nats(forward)}`, forward === null ? '' : 'nats, from the top k'],
+    ['R, 5 % tail', nats(ratio.quantiles['0.05'], 2), `1 %: ${nats(ratio.quantiles['0.01'], 2)}, least ${nats(ratio.min, 2)}`],
     ['entropy', nats(summary.student_entropy), `student; teacher ${nats(summary.teacher_entropy)}`],
     ['outlier |credit|', percent(summary.outlier_credit_share), 'of all, as recorded'],
-    ['length', summary.response_length.mean?.toFixed(0) ?? '–', `${eos} ended, ${length} cut${given ? `, ${given} given` : ''}`],
+    ['length', summary.response_length.mean?.toFixed(0) ?? '–', ends],
     ['repetition', percent(summary.repetition), '4-grams seen before'],
   ];
   byId('cards').append(...cards.map(([name, value, note]) => make('div', {}, [
@@ -218,9 +179,11 @@ function buildStrategies() {
 // ── pointer and keyboard ────────────────────────────────────────────────────────────────────────────────────────────
 
 function select(i, pane) {
-  if (current) panes.forEach(({tokens, names}) => { tokens[current.i].className = names[current.i] = names[current.i].replace(' here', ''); });
+  for (const {tokens, names} of panes) {
+    if (current) tokens[current.i].className = names[current.i] = names[current.i].replace(' here', '');
+    tokens[i].className = names[i] = `${names[i]} here`;
+  }
   current = {i, pane: Math.min(pane, panes.length - 1)};
-  panes.forEach(({tokens, names}) => { tokens[i].className = names[i] = `${names[i]} here`; });
   showDetails(i, panes);
 }
 
@@ -282,10 +245,14 @@ function listen() {
   document.addEventListener('keydown', pressed);
 }
 
+// A browser may keep the controls of an earlier visit.
+for (const [id, value] of [['colour', state.colour], ['rule', state.kind], ['theme', '']]) byId(id).value = value;
 byId('threshold').value = state.threshold;
 state.threshold = Number(byId('threshold').value);
 byId('rule').querySelector('[value=acceptance]').disabled = !hasUniform;
-byId('details').append(make('p', {className: 'quiet', text: 'Point at a token, or press Tab and the arrow keys. o: next outlier. d: next difference.'}));
+byId('details').append(make('p', {
+  className: 'quiet', text: 'Point at a token, or press Tab and the arrow keys. o: next outlier. d: next difference.',
+}));
 buildHead();
 buildStrategies();
 listen();
