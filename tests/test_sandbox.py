@@ -18,7 +18,7 @@ try:
 except sandbox.SandboxUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
-QUICK = Limits(cpu_seconds=2, wall_seconds=3)
+QUICK = Limits(cpu_seconds=2, wall_seconds=2)
 TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
 
 
@@ -86,10 +86,11 @@ frozenset('ab') | 1 + 2j | range(3) | {'a': [None, {1: 2}]} | {(1, 2): 'b'} | __
 """
 
 
-@pytest.mark.parametrize("value", VALUES.strip().replace("\n", " | ").split(" | "))
-def test_plain_values_cross_unchanged(value: str) -> None:
-    tests = f"value = {value}\ngot = same(value)\nassert got == value and type(got) is type(value), got"
-    assert run_tests("def same(x):\n    return x", tests).reason == "passed, 1 calls"
+def test_plain_values_cross_unchanged() -> None:
+    values = VALUES.strip().replace("\n", " | ").split(" | ")
+    tests = "for value in VALUES:\n    got = same(value)\n    assert got == value and type(got) is type(value), got"
+    outcome = run_tests("def same(x):\n    return x", tests.replace("VALUES", f"[{', '.join(values)}]"))
+    assert outcome.reason == f"passed, {len(values)} calls"
 
 
 def test_classes_generators_exceptions_and_changed_arguments() -> None:
@@ -160,7 +161,7 @@ def test_fork_bomb(mode: str) -> None:
     outcome = attack("import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass")
     # in a user namespace of root's the number of processes is not limited, but their memory is
     assert not outcome.passed
-    assert outcome.reason in ("ran longer than 3 s", "its processes used more than 1024 MB together")
+    assert outcome.reason in ("ran longer than 2 s", "its processes used more than 1024 MB together")
     assert time.monotonic() - started < 15
     assert not children_left()
 
@@ -172,10 +173,10 @@ def test_processes_that_leave_their_group_die_too(mode: str, tmp_path: Path) -> 
 
 
 def test_endless_loop(mode: str) -> None:
-    assert "CPU time" in attack("while True: pass", Limits(cpu_seconds=1, wall_seconds=20)).reason
+    assert "CPU time" in attack("while True: pass", Limits(cpu_seconds=1, wall_seconds=60)).reason
     assert attack("import time\ntime.sleep(99)", Limits(wall_seconds=1)).reason == "ran longer than 1 s"
     stubborn = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
-    assert mode != "namespaces" or "CPU time" in attack(stubborn, Limits(cpu_seconds=1, wall_seconds=20)).reason
+    assert mode != "namespaces" or "CPU time" in attack(stubborn, Limits(cpu_seconds=1, wall_seconds=60)).reason
 
 
 def test_ten_gigabytes_of_output(mode: str) -> None:
@@ -264,7 +265,7 @@ def test_interrupting_the_supervisor_takes_the_boxes_down() -> None:
         "sandbox.run_program('import time; time.sleep(654)', [('', '')], sandbox.Limits(wall_seconds=600))"
     )
     process = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 40
     while len(descendants(process.pid)) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
     family = descendants(process.pid)
