@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,3 +29,13 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows = [{"prompt": " ".join(f"w{(7 * i + j) % 58}" for j in range(3 + i % 3)), "answer": str(i)} for i in range(12)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"student": root / "student", "teacher": root / "teacher", "data": root / "prompts.jsonl"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps its first precision and device for the process: forget them between tests."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -254,3 +254,17 @@ def test_json_prints_the_last_metrics(tiny_pair: dict[str, Path], tmp_path: Path
     result = invoke(*arguments(tiny_pair, tmp_path / "run", steps=1), "--json")
     last = json.loads(result.stdout)
     assert last["run"] == str(tmp_path / "run") and last["step"] == 1
+
+
+@pytest.mark.parametrize("lora", [0, 2], ids=["full", "lora"])
+def test_bfloat16_trains_float32_masters_and_records(tiny_pair: dict[str, Path], tmp_path: Path, lora: int) -> None:
+    options = {"steps": 2, "lora_rank": lora, "guidance__enabled": False, "strategy": {"name": "opd"}}
+    args = arguments(tiny_pair, tmp_path / "low", dtype="bfloat16", **options)
+    start = next(i for i, a in enumerate(args) if a.startswith("strategy.outlier")) - 1
+    del args[start : start + 2]
+    invoke(*args)
+    row = metrics(tmp_path / "low")[1]
+    tokens = [json.loads(line) for line in (tmp_path / "low/rollouts/step-000002.jsonl").read_text().splitlines()]
+    assert math.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 and tokens
+    weights = load_file(tmp_path / "low/checkpoints/step-000002/student.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}

@@ -20,7 +20,7 @@ from strategies.functional import topk_forward_kl
 
 from .batching import TokenBatch
 from .models import Head, LanguageModel
-from .scoring import Scores, chunk_slices, response_hidden
+from .scoring import Scores, chunk_buffers, chunk_slices, response_hidden
 
 #: (signals of some tokens, which tokens of the micro-batch) -> credit with guidance applied.
 CreditOf = Callable[[Signals, slice], Credit]
@@ -102,15 +102,17 @@ class _Job:
         """(loss, gradient of hidden [N, H], gradients of the head's trained parameters)."""
         with torch.autocast(hidden.device.type, enabled=False):
             project: _Projection = (
-                _PlainProjection(self.head.projection, hidden, trained)
+                _PlainProjection(self.head, hidden, trained)
                 if self.head.is_plain
                 else _AutogradProjection(self.head, hidden, trained)
             )
             loss = hidden.new_zeros((), dtype=torch.float64)
             pieces: list[Record] = []
-            for where in chunk_slices(len(self.batch), project.vocabulary, hidden.device, self.chunk_tokens):
-                logits = project.logits(where)
-                piece, chunk_loss, dlogits = self._chunk(logits, where)
+            slices = list(chunk_slices(len(self.batch), project.vocabulary, hidden.device, self.chunk_tokens))
+            buffers = chunk_buffers(slices, hidden, project.vocabulary)
+            for where in slices:
+                logits = project.logits(where, buffers[0])
+                piece, chunk_loss, dlogits = self._chunk(logits, where, buffers[1][: logits.shape[0]])
                 pieces.append(piece)
                 if dlogits is not None:
                     loss += chunk_loss
@@ -118,8 +120,8 @@ class _Job:
         self.record = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]} if pieces else {}
         return loss.to(torch.promote_types(hidden.dtype, torch.float32)), *project.gradients()
 
-    def _chunk(self, logits: Tensor, where: slice) -> tuple[Record, Tensor | float, Tensor | None]:
-        """Overwrites `logits` [c, V] by dlogits. Returns (record, loss, dlogits or None without credit)."""
+    def _chunk(self, logits: Tensor, where: slice, probability: Tensor) -> tuple[Record, Tensor | float, Tensor | None]:
+        """Overwrites `logits` and `probability` [c, V]. Returns (record, loss, dlogits or None without credit)."""
         if self.temperature != 1.0:
             logits.div_(self.temperature)
         token_ids = self.batch.token_ids[where].unsqueeze(1)
@@ -128,10 +130,10 @@ class _Job:
         sampled = logits.gather(1, token_ids).squeeze(1)
         top = None if top_ids is None else logits.gather(1, top_ids)
         full = logits.clone() if self.request.needs.full_distribution else None
-        probability = torch.exp(logits)
+        torch.exp(logits, out=probability)
         mass = probability.sum(-1)
         normaliser = mass.log()
-        expected = torch.einsum("cv,cv->c", probability, logits.clamp_min_(-1e30)) / mass
+        expected = logits.mul_(probability).sum(-1) / mass
         current = {"student_logprob": sampled - normaliser, "student_entropy": normaliser - expected}
         if top is not None:
             current["student_topk_logprob"] = top - normaliser.unsqueeze(1)
@@ -143,7 +145,7 @@ class _Job:
             return record, 0.0, None
         credit = self.request.credit_of(signals, where)
         credit_sampled = self._with_ratio(credit, current["student_logprob"], where, record)
-        record |= _credit_record(credit)
+        record |= credit_record(credit)
         loss, total = _surrogate(credit_sampled, credit, current)
         loss = loss / self.request.num_tokens
         scale = 1.0 / (self.request.num_tokens * self.temperature)
@@ -221,7 +223,8 @@ def _surrogate(sampled: Tensor, credit: Credit, current: Record) -> tuple[Tensor
     return loss, total
 
 
-def _credit_record(credit: Credit) -> Record:
+def credit_record(credit: Credit) -> Record:
+    """What is kept of a credit per token [N]: sums over the vocabulary instead of the lists."""
     mass = torch.zeros_like(credit.sampled)
     absolute = credit.sampled.abs()
     for part in (credit.top_k, credit.full):
@@ -248,27 +251,23 @@ def _credit_record(credit: Credit) -> Record:
 class _PlainProjection:
     """A bare linear head: three matrix products per chunk (two when it is frozen), buffers reused between chunks."""
 
-    def __init__(self, linear: nn.Module, hidden: Tensor, trained: tuple[Tensor, ...]) -> None:
+    def __init__(self, head: Head, hidden: Tensor, trained: tuple[Tensor, ...]) -> None:
+        linear = head.projection
         assert isinstance(linear, nn.Linear)
-        self.hidden = hidden
+        self.head, self.hidden = head, hidden
         self.weight = linear.weight.detach().to(hidden.dtype)
-        self.bias = None if linear.bias is None else linear.bias.detach()
         self.vocabulary = linear.weight.shape[0]
         self.grad_hidden = torch.zeros_like(hidden)
         self.by_parameter = {id(p): torch.zeros_like(p) for p in trained}
         self.grad_weight = self.by_parameter.get(id(linear.weight))
         self.grad_bias = None if linear.bias is None else self.by_parameter.get(id(linear.bias))
-        self.buffer: Tensor | None = None
 
-    def logits(self, where: slice) -> Tensor:
+    def logits(self, where: slice, buffer: Tensor) -> Tensor:
         hidden = self.hidden[where]
-        if hidden.dtype in (torch.float32, torch.float64):
-            if self.buffer is None:
-                self.buffer = hidden.new_empty((hidden.shape[0], self.vocabulary))
-            logits = torch.mm(hidden, self.weight.t(), out=self.buffer[: hidden.shape[0]])
-        else:
-            logits = torch.mm(hidden, self.weight.t()).float()
-        return logits if self.bias is None else logits.add_(self.bias)
+        if hidden.dtype == self.head.projection.weight.dtype:
+            return self.head.logits(hidden, buffer)
+        logits = torch.mm(hidden, self.weight.t()).float()  # autocast: float32 masters, half-precision products
+        return logits if self.head.projection.bias is None else logits.add_(self.head.projection.bias.detach())
 
     def accumulate(self, where: slice, dlogits: Tensor) -> None:
         hidden = self.hidden[where]
@@ -298,7 +297,7 @@ class _AutogradProjection:
         self.grad_trained = tuple(torch.zeros_like(p) for p in trained)
         self.leaf, self.raw = hidden, hidden
 
-    def logits(self, where: slice) -> Tensor:
+    def logits(self, where: slice, _: Tensor) -> Tensor:
         with torch.enable_grad():
             self.leaf = self.hidden[where].detach().requires_grad_()
             autocast = self.leaf.dtype not in (torch.float32, torch.float64)
