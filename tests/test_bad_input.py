@@ -256,3 +256,12 @@ def test_debug_shows_the_traceback(good: list[str], monkeypatch: pytest.MonkeyPa
 def test_json_of_a_resumed_finished_run(good: list[str], tmp_path: Path) -> None:
     invoke(*good)
     assert json.loads(invoke("distill", "--resume", str(tmp_path / "run"), "--json").stdout)["step"] == 1
+
+
+def test_help_and_refusals_import_no_torch() -> None:
+    import subprocess
+    import sys
+
+    program = "import sys, tropd_cli.main, tropd_cli.commands, tropd_cli.config; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
