@@ -207,6 +207,31 @@ def distill(
 NO_OPTIONS = frozenset("config set_ print_config dry_run as_json overwrite resume preset outlier".split())
 
 
+# ── strategies ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command(
+    name="strategies",
+    epilog="Examples:  tropd strategies   ·   tropd strategies trust-region   ·   tropd strategies --presets   ·   "
+    "tropd strategies --json | jq -r '.[] | select(.memory == \"O(n)\") | .name'",
+)
+@error_boundary
+def strategies_(
+    name: Annotated[str | None, typer.Argument(help="Show this one: docstring, options, file and line.")] = None,
+    presets: Annotated[
+        bool, typer.Option("--presets", help="Rows of the paper's tables with the numbers printed there.")
+    ] = False,
+    plugin: Annotated[
+        list[str] | None, typer.Option(help="Python file that registers strategies. May be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List strategies, outlier estimators and presets, or show one of them."""
+    from .strategies_command import strategies
+
+    strategies(name, presets=presets, as_json=as_json, plugin=plugin or [])
+
+
 def emit(text: str) -> None:
     """Data, on stdout."""
     typer.echo(text)
