@@ -5,17 +5,19 @@ Sums are taken per process and combined, so the numbers do not depend on how the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
-from .batching import plan_micro_batches, row_lengths, token_batch
+from .batching import TokenBatch, plan_micro_batches, row_lengths, token_batch
 from .data import Prompt
 from .divergence import token_divergences
 from .metrics import Sums, combine
+from .models import Vocabulary
 from .pair import Pair
 from .rollout import Generator, Rollout, make_rollout
 
@@ -69,34 +71,48 @@ def measure(pair: Pair, student: Generator, task: HeldOut, *, step: int = 0) -> 
 
 def forward_kl_on_teacher_text(pair: Pair, responses: Sequence[list[int]], task: HeldOut) -> float | None:
     """KL(teacher || student) per token on the teacher's own responses to the same prompts, nats."""
+    prompts = [prompt for _, prompt in task.prompts]
+    rollout = given_rollout(prompts, responses, pair.vocabulary)
+    sums, _ = _divergence_sums(pair, rollout, task)
+    total = combine(gather_object([sums]))
+    return total["forward_kl"] / total["tokens"] if total.get("tokens") else None
+
+
+def given_rollout(prompts: Sequence[Prompt], responses: Sequence[list[int]], vocabulary: Vocabulary) -> Rollout:
+    """Responses that exist already, as a rollout: one row per prompt."""
     longest = max((len(r) for r in responses), default=0)
-    ids = torch.full((len(responses), longest), pair.vocabulary.pad_id, dtype=torch.int64)
+    ids = torch.full((len(responses), longest), vocabulary.pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, response in enumerate(responses):
         ids[row, : len(response)] = torch.tensor(response, dtype=torch.int64)
         mask[row, : len(response)] = True
     rows = torch.arange(len(responses))
-    prompts = [prompt for _, prompt in task.prompts]
-    rollout = Rollout(
+    return Rollout(
         0, ids, mask, torch.zeros_like(mask), rows, torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool),
-        [p.ids for p in prompts], [p.teacher_ids for p in prompts], prompts,
+        [p.ids for p in prompts], [p.teacher_ids for p in prompts], list(prompts),
     )  # fmt: skip
-    sums, _ = _divergence_sums(pair, rollout, task)
-    total = combine(gather_object([sums]))
-    return total["forward_kl"] / total["tokens"] if total.get("tokens") else None
+
+
+def divergence_batches(
+    pair: Pair, rollout: Rollout, *, temperature: float, token_budget: int
+) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
+    """`token_divergences` of a rollout, micro-batch by micro-batch. Nothing for responses without tokens."""
+    lengths = row_lengths(rollout) if len(rollout) else []
+    for rows in plan_micro_batches(lengths, token_budget):
+        batch = token_batch(rollout, rows, pad_id=pair.vocabulary.pad_id).to(pair.device)
+        if len(batch):
+            with pair.autocast():
+                values = token_divergences(pair.student, pair.teacher, batch, temperature=temperature)
+            yield batch, values
 
 
 def _divergence_sums(pair: Pair, rollout: Rollout, task: HeldOut) -> tuple[Sums, list[float]]:
     """(sums over the valid tokens of this process, R of every token)."""
     parts: list[Sums] = []
     rewards: list[float] = []
-    lengths = row_lengths(rollout) if len(rollout) else []
-    for rows in plan_micro_batches(lengths, task.token_budget):
-        batch = token_batch(rollout, rows, pad_id=pair.vocabulary.pad_id).to(pair.device)
-        if not len(batch):
-            continue
-        with pair.autocast():
-            values = token_divergences(pair.student, pair.teacher, batch, temperature=task.temperature)
+    for batch, values in divergence_batches(
+        pair, rollout, temperature=task.temperature, token_budget=task.token_budget
+    ):
         parts.append(
             {name: float(value.double().sum()) for name, value in values.items()} | {"tokens": float(len(batch))}
         )

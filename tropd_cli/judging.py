@@ -15,19 +15,24 @@ from .verifiers import VERIFIERS
 ONLY_IN_EVAL = ("code", "ifbench")
 
 
+def resolve_verifier(verifier: str, data: str | None) -> str:
+    """A verifier's name; "auto" becomes the demo's own check on demo data, else `math` or, without math-verify, `number`."""
+    if verifier != "auto":
+        return verifier
+    by_extra = "math" if importlib.util.find_spec("math_verify") else "number"
+    return "demo" if str(data).startswith("demo:") else by_extra
+
+
 def judge_for(verifier: str, data: str | None) -> Judge:
     """(response text, reference) -> correct.
 
     Args:
-        verifier: a registered name, or "auto": the demo's own check on demo data, else `math` where math-verify is
-            installed and `number` where it is not.
+        verifier: a registered name, or "auto"; see `resolve_verifier`.
 
     Raises:
         UserError: unknown verifier, or one that training does not run.
     """
-    if verifier == "auto":
-        by_extra = "math" if importlib.util.find_spec("math_verify") else "number"
-        verifier = "demo" if str(data).startswith("demo:") else by_extra
+    verifier = resolve_verifier(verifier, data)
     if verifier in ONLY_IN_EVAL:
         raise UserError(
             f"verifier '{verifier}' does not run during training. Train without it, then: tropd eval RUN --verifier {verifier}"

@@ -69,7 +69,7 @@ class TeacherPrefixes:
         missing = {p.index: p for p in prompts if p.index not in self.known}
         made: dict[int, list[int]] = {}
         for prompt in [p for p in missing.values() if p.response is not None]:
-            made[prompt.index] = self.encode_response(str(prompt.response))
+            made[prompt.index] = encode_response(str(prompt.response), self.tokenizer, self.vocabulary)
         to_write = [p for p in missing.values() if p.response is None]
         responses = self.generator([Request(p.teacher_ids, [], limit, (0, p.index, 0)) for p in to_write])
         made.update(zip((p.index for p in to_write), responses, strict=True))
@@ -78,12 +78,13 @@ class TeacherPrefixes:
                 file.writelines(json.dumps({"prompt": i, "ids": ids}) + "\n" for i, ids in made.items())
             self.known.update(made)
 
-    def encode_response(self, text: str) -> list[int]:
-        """Tokens of a ready response, ended by a stop id."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        end = end if end in self.vocabulary.stop_ids else self.vocabulary.stop_ids[0]
-        return ids if ids and ids[-1] in self.vocabulary.stop_ids else [*ids, end]
+
+def encode_response(text: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> list[int]:
+    """Tokens of a ready response, ended by a stop id."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    end = end if end in vocabulary.stop_ids else vocabulary.stop_ids[0]
+    return ids if ids and ids[-1] in vocabulary.stop_ids else [*ids, end]
 
 
 def _read_cache(path: Path) -> dict[int, list[int]]:

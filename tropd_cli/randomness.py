@@ -55,6 +55,30 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ _shift(value, 31)
 
 
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Logits with -inf outside the smallest set of most probable tokens whose mass reaches `top_p`; equals stay together.
+
+    Only as many of the largest probabilities are sorted as the mass asks for: a full sort of a large vocabulary takes
+    longer than the forward pass of a small model.
+
+    Args:
+        logits: [rows, V], -inf where a token is not allowed.
+
+    Holtzman et al. (2020), The Curious Case of Neural Text Degeneration, section 3.1, arXiv 1904.09751.
+    """
+    vocabulary = logits.shape[-1]
+    probabilities = logits.softmax(-1)
+    count = min(128, vocabulary)
+    while True:
+        largest = probabilities.topk(count, dim=-1).values
+        mass = largest.cumsum(-1, dtype=torch.float64)
+        if count == vocabulary or bool((mass[:, -1] >= top_p).all()):
+            break
+        count = min(8 * count, vocabulary)
+    last = (mass < top_p).sum(-1, keepdim=True).clamp_max(count - 1)
+    return logits.masked_fill(probabilities < largest.gather(1, last), -torch.inf)
+
+
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     """The token of softmax(logits) that each uniform number falls on: an exact draw, one number per row.
 

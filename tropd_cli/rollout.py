@@ -19,7 +19,7 @@ from strategies.guidance import prefix_limit
 
 from .data import Prompt
 from .models import LanguageModel, Vocabulary
-from .randomness import inverse_cdf, uniform
+from .randomness import inverse_cdf, nucleus, uniform
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,31 @@ class Rollout:
 
 
 class KeyedSampling(LogitsProcessor):
-    """Turns one keyed uniform number per row into a token by the inverse CDF, under greedy decoding."""
+    """Turns one keyed uniform number per row into a token by the inverse CDF, under greedy decoding.
+
+    With top_p 1 the draw is from softmax(logits / temperature) itself, as training needs it. Temperature 0 takes the
+    most probable token. Truncation comes before the draw, so a row still does not depend on its batch.
+    """
 
     def __init__(
-        self, requests: Sequence[Request], width: int, stream: tuple[int, str], temperature: float, allowed: Tensor
-    ):
+        self, requests: Sequence[Request], width: int, stream: tuple[int, str], temperature: float, allowed: Tensor,
+        top_p: float = 1.0,
+    ):  # fmt: skip
         self.seed, self.stream = stream
-        self.width, self.temperature = width, temperature
+        self.width, self.temperature, self.top_p = width, temperature, top_p
         self.key = torch.tensor([r.key for r in requests], device=allowed.device).T  # [3, rows]
         self.offset = torch.tensor([len(r.prefix_ids) for r in requests], device=allowed.device)
         self.forbidden = ~allowed
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores[:, : len(self.forbidden)].float().masked_fill(self.forbidden, -torch.inf)
+        token = logits.argmax(-1) if self.temperature == 0.0 else self._draw(input_ids, logits / self.temperature)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)
+
+    def _draw(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.width + self.offset
         draw = uniform(self.seed, self.stream, *self.key, position)
-        logits = scores[:, : len(self.forbidden)].float() / self.temperature
-        token = inverse_cdf(logits.masked_fill(self.forbidden, -torch.inf), draw)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)
+        return inverse_cdf(logits if self.top_p == 1.0 else nucleus(logits, self.top_p), draw)
 
 
 class RowLimit(StoppingCriteria):
@@ -104,9 +112,10 @@ class TransformersGenerator:
         language_model: the model that writes.
         vocabulary: which ids may be sampled and which stop.
         seed, stream: the random stream ("student", "teacher", "evaluation").
-        temperature: 1 unless q itself is tempered everywhere.
+        temperature: 1 unless q itself is tempered everywhere; 0 is greedy (evaluation only).
         token_budget: most tokens (rows x longest possible row) in one batch.
         context: a context manager around generation (autocast).
+        top_p: below 1 cuts the tail off (evaluation only: training needs samples of q itself).
     """
 
     language_model: LanguageModel
@@ -116,6 +125,7 @@ class TransformersGenerator:
     temperature: float
     token_budget: int
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    top_p: float = 1.0
 
     def __call__(self, requests: Sequence[Request]) -> list[list[int]]:
         results: list[list[int]] = [list(r.prefix_ids) for r in requests]
@@ -145,7 +155,7 @@ class TransformersGenerator:
             ids[row, width - len(context) :] = torch.tensor(context)
             mask[row, width - len(context) :] = 1
         sampling = KeyedSampling(
-            requests, width, (self.seed, self.stream), self.temperature, self.vocabulary.allowed.to(device)
+            requests, width, (self.seed, self.stream), self.temperature, self.vocabulary.allowed.to(device), self.top_p
         )
         was_training = model.training
         model.eval()
