@@ -1,4 +1,4 @@
-"""Recorded rollouts: the same rows that `inspect-regions` writes, one object per token, with the region's uniform."""
+"""From tensors to token rows: what `distill` keeps in rollouts/ and what `inspect-regions` shows of models."""
 
 from __future__ import annotations
 
@@ -12,28 +12,17 @@ from strategies import Region
 from .batching import TokenBatch
 from .credit_loss import Record
 from .crediting import region_uniforms
+from .report.rows import Choice, RegionName, TokenRow
 from .rollout import Rollout
 from .scoring import Scores
+from .token_texts import TokenTexts
 
-REGION_NAMES = {int(region): region.name.lower() for region in Region}
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text each token adds, decoded in context: pieces keep their spaces, and their concatenation is the text.
-
-    A token that is only part of a character adds nothing; the token that completes it adds the whole character.
-    """
-    texts, pending = [], 0
-    for end in range(1, len(ids) + 1):
-        start = max(0, min(pending, end - 1) - 4)
-        before = tokenizer.decode(ids[start:pending], clean_up_tokenization_spaces=False)
-        after = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-        if after.endswith("\ufffd") and end < len(ids) and end - pending < 4:
-            texts.append("")
-            continue
-        texts.append(after[len(before) :] if after.startswith(before) else tokenizer.decode([ids[end - 1]]))
-        pending = end
-    return texts
+REGION_NAMES: dict[int, RegionName] = {
+    int(Region.IGNORED): "ignored",
+    int(Region.TRUST): "trust",
+    int(Region.OUTLIER): "outlier",
+    int(Region.GUIDANCE): "guidance",
+}
 
 
 def token_rows(
@@ -46,38 +35,39 @@ def token_rows(
     sequences: int,
     top_k: int,
     seed: int,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[TokenRow]:
     """Rows of the first `sequences` rows of a rollout, in reading order. Needs scores with teacher_entropy, teacher_rank
     and top-k, and records with student_topk_logprob."""
+    texts = TokenTexts(tokenizer)
     cells: dict[tuple[int, int], tuple[int, int]] = {}
     for number, batch in enumerate(batches):
         for token, (row, position) in enumerate(zip(batch.row.tolist(), batch.position.tolist(), strict=True)):
             if row < sequences:
                 cells[row, position] = (number, token)
     columns = [_columns(*parts, top_k, seed) for parts in zip(batches, scores, records, strict=True)]
-    for row in range(min(sequences, len(rollout))):
-        ids = rollout.ids[row][rollout.mask[row]].tolist()
-        for position, text in enumerate(token_texts(tokenizer, ids)):
-            number, token = cells[row, position]
+    for place in range(min(sequences, len(rollout))):
+        ids = rollout.ids[place][rollout.mask[place]].tolist()
+        for position, text in enumerate(texts.sequence(ids)):
+            number, token = cells[place, position]
             values = {name: column[token] for name, column in columns[number].items()}
             top = zip(values.pop("top_ids"), values.pop("top_teacher"), values.pop("top_student"), strict=True)
-            line = {
-                "sequence": row,
-                "position": position,
-                "token_id": ids[position],
-                "token": text,
-                "written_by": "teacher" if values.pop("teacher_wrote") else "student",
+            behind = ids[position - 1] if position else None
+            row = TokenRow(
+                sequence=place,
+                position=position,
+                token_id=ids[position],
+                token=text,
+                written_by="teacher" if values.pop("teacher_wrote") else "student",
+                region=REGION_NAMES[values.pop("region")],
+                teacher_top_k=[Choice(texts.one(i, behind=behind), p, q) for i, p, q in top],
                 **values,
-                "region": REGION_NAMES[values["region"]],
-                "teacher_top_k": [
-                    {"token": tokenizer.decode([i]), "teacher_logprob": p, "student_logprob": q} for i, p, q in top
-                ],
-            }
+            )
             if position == 0:
-                line["prompt"] = rollout.prompts[row].text if rollout.prompts else ""
+                row.prompt = rollout.prompts[place].text if rollout.prompts else ""
+                row.group, row.sample = int(rollout.group[place]), int(rollout.sample[place])
             if position == len(ids) - 1:
-                line["finish"] = "eos" if rollout.ended[row] else "length"
-            yield line
+                row.finish = "eos" if rollout.ended[place] else "length"
+            yield row
 
 
 def _columns(batch: TokenBatch, scores: Scores, record: Record, top_k: int, seed: int) -> dict[str, list[Any]]:
@@ -85,6 +75,7 @@ def _columns(batch: TokenBatch, scores: Scores, record: Record, top_k: int, seed
     if not len(batch):
         return {}
     assert scores.teacher_topk_ids is not None and scores.teacher_topk_logprob is not None
+    assert scores.teacher_entropy is not None and scores.teacher_rank is not None
     reward = scores.teacher_logprob - record["student_logprob"]
     tensors = {
         "student_logprob": record["student_logprob"],
@@ -93,6 +84,8 @@ def _columns(batch: TokenBatch, scores: Scores, record: Record, top_k: int, seed
         "region": record["region"],
         "credit": record["credit"],
         "credit_top_k_mass": record["credit_top_k_mass"],
+        "credit_absolute": record["credit_absolute"],
+        "outlier_weight": record["outlier_weight"],
         "student_entropy": record["student_entropy"],
         "teacher_entropy": scores.teacher_entropy,
         "teacher_rank": scores.teacher_rank,
@@ -102,4 +95,4 @@ def _columns(batch: TokenBatch, scores: Scores, record: Record, top_k: int, seed
         "top_teacher": scores.teacher_topk_logprob[:, :top_k],
         "top_student": record["student_topk_logprob"][:, :top_k],
     }
-    return {name: value.tolist() for name, value in tensors.items() if value is not None}
+    return {name: value.tolist() for name, value in tensors.items()}

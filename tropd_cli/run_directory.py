@@ -15,6 +15,7 @@ from typing import Any
 
 from .config import RESUMABLE, Config, build_config, read_yaml, to_yaml
 from .errors import UserError
+from .report.rows import TokenRow, dump_row
 
 PACKAGES = ("tropd", "torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors")
 
@@ -127,12 +128,12 @@ class RunDirectory:
             if int(path.stem.split("-")[1]) > step:
                 path.unlink()
 
-    def record(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+    def record(self, step: int, rows: Iterable[TokenRow]) -> None:
         """Writes rollouts/step-NNNNNN.jsonl at once."""
         path = self.rollouts / f"step-{step:06d}.jsonl"
         temporary = path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(dump_row(row) + "\n" for row in rows)
         os.replace(temporary, path)
 
 
