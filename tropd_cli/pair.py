@@ -75,7 +75,7 @@ def load_pair(config: Config, needs: Needs) -> Pair:
         device=device,
         revision=config.student_revision,
     )
-    teacher = _frozen(config, teacher_name, "teacher", config.teacher_revision)
+    teacher = frozen(config, teacher_name, "teacher", config.teacher_revision)
     vocabulary = shared_vocabulary(student, teacher, tokenizer, teacher_tokenizer)
     check_lengths(config, student, teacher)
     ids = tokenizer(CHECK_TEXT)["input_ids"]
@@ -95,7 +95,7 @@ def load_pair(config: Config, needs: Needs) -> Pair:
     if needs.reference_logprob:
         name = model_path(config.reference or config.student)
         revision = config.reference_revision if config.reference else config.student_revision
-        reference = _frozen(config, name, "reference", revision)
+        reference = frozen(config, name, "reference", revision)
     template = config.teacher_chat_template
     if template not in (None, "own"):
         template = read_template(str(template))
@@ -109,7 +109,7 @@ def load_pair(config: Config, needs: Needs) -> Pair:
     return Pair(student, teacher, reference, tokenizer, vocabulary, prompt_format, device, compute)
 
 
-def _frozen(config: Config, name: str, role: str, revision: str | None) -> LanguageModel:
+def frozen(config: Config, name: str, role: str, revision: str | None) -> LanguageModel:
     """A teacher or reference: its own dtype, evaluation mode, no gradients."""
     wanted = config.teacher_device if config.teacher_device != "auto" else config.device
     device = resolve_device(wanted)
