@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from .config import Config, build_config, build_strategy, merge, parse_set, read
 from .display import Display
 from .errors import UserError
 from .presets import get_preset
+from .processes import is_first, is_worker, one_voice, register
 from .run_directory import RunDirectory, default_output
 
 #: The demo's own small setting; the paper's is for real models.
@@ -76,6 +77,13 @@ def resolve(request: DistillRequest) -> tuple[Config, bool]:
 
 def distill(request: DistillRequest) -> None:
     """`tropd distill`. Prints the run directory, or the last metrics with --json."""
+    with one_voice():
+        if is_worker():
+            register()
+        _distill(request)
+
+
+def _distill(request: DistillRequest) -> None:
     if request.resume:
         run = RunDirectory(Path(request.resume))
         changes = request.flags
@@ -84,8 +92,6 @@ def distill(request: DistillRequest) -> None:
         config, is_demo = run.resumed_config(changes), False
     else:
         config, is_demo = resolve(request)
-    from .launch import is_worker, launch
-
     strategy = build_strategy(config)
     config = canonical(config, strategy)
     if request.print_config:
@@ -94,26 +100,29 @@ def distill(request: DistillRequest) -> None:
     if not request.resume:
         config = config.model_copy(update={"output": config.output or default_output(config.strategy["name"])})
         run = RunDirectory(Path(str(config.output)))
-        if not is_worker():
+        if is_first():
             run.refuse_existing(overwrite=request.overwrite)
-    if config.num_processes > 1 and not is_worker():
+    if config.num_processes > 1 and not is_worker() and not request.dry_run:
         if config.data == "-":
             raise UserError(
                 "--data - with --num-processes: workers share no standard input. Write the prompts to a file first"
             )
+        from .launch import launch
         from .models import resolve_device
 
         arguments = [
             *sys.argv[1:],
             *([] if request.resume or "output" in request.flags else ["--output", str(config.output)]),
         ]
-        raise typer.Exit(launch(config.num_processes, arguments, cpu=resolve_device(config.device).type == "cpu"))
+        cpu = resolve_device(config.device).type == "cpu"
+        raise typer.Exit(launch(config.num_processes, arguments, cpu=cpu, run=run.path))
     train(config, run, request, is_demo=is_demo)
 
 
 def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo: bool) -> None:
     """Runs the training in this process."""
     import torch
+    from accelerate.utils import gather_object
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -123,7 +132,7 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
     from .train import Interrupted
     from .train import distill as run_training
 
-    display = Display(active=int(os.environ.get("RANK", "0")) == 0)
+    display = Display(active=is_first())
     if is_demo:
         display.note(
             "No student, teacher or data given: running the built-in demo (arithmetic chains, two tiny models)."
@@ -131,11 +140,15 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
     if request.dry_run:
         from .dry_run import dry_run
 
-        dry_run(config, display)
+        if is_first():
+            dry_run(config, display)
         return
     if config.student == config.teacher:
         display.warn(f"student and teacher are both '{config.student}': there will be no signal")
     accelerator = make_accelerator(config, str(run.path))
+    # A default name holds the time, which every process read on its own.
+    run = RunDirectory(Path(gather_object([str(run.path)])[0]))
+    config = config.model_copy(update={"output": str(run.path)})
     training = Training(config, run, display, accelerator)
     if not request.resume and accelerator.is_main_process:
         run.create(config, overwrite=request.overwrite, prompts=training.standard_input)
@@ -147,6 +160,9 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
     try:
         metrics, first = run_training(training, resume=bool(request.resume))
     except Interrupted:
+        if is_worker():  # one that ends first makes the launcher end the others: let them finish what is left
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         display.note(f"interrupted; everything is saved. Continue with: tropd distill --resume {run.path}")
         raise typer.Exit(130) from None
     finally:

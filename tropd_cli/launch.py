@@ -1,18 +1,32 @@
-"""One process or many: the Accelerator of this process, and starting the others."""
+"""One process or many: the Accelerator of this process, and starting the others through torchrun's library."""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import logging
 import os
 import shutil
-import subprocess
+import signal
 import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from .config import Config
 from .errors import UserError
 from .models import resolve_device
+from .processes import JOB
+
+#: Seconds between two looks at the workers.
+MONITOR_INTERVAL = 0.1
 
 
 def make_accelerator(config: Config, project_folder: str) -> Accelerator:
@@ -21,38 +35,122 @@ def make_accelerator(config: Config, project_folder: str) -> Accelerator:
     if device.type == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    # The watch over the processes names the one that hangs; torch's own timeout, which cannot, comes later.
+    patience = datetime.timedelta(seconds=max(1800.0, 2 * config.hang_timeout))
     try:
         return Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="bf16" if bf16 else "no",
             log_with=config.log_with or None,
             project_dir=project_folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"log_with {config.log_with}: {error}. Install the extra: pip install 'tropd[log]'") from error
 
 
-def is_worker() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+# ── starting the others ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def launch(num_processes: int, arguments: list[str], *, cpu: bool) -> int:
-    """Runs this command again as `num_processes` workers through torchrun; returns the exit code."""
-    script = shutil.which("tropd") or sys.argv[0]
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes))}
-    if cpu:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    elif torch.cuda.device_count() < num_processes:
+def launch(num_processes: int, arguments: list[str], *, cpu: bool, run: Path) -> int:
+    """Runs this command again as `num_processes` workers of this machine; returns the exit code.
+
+    The workers print for themselves; this process passes signals on and speaks only of a worker that cannot.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    if not cpu and torch.cuda.device_count() < num_processes:
         raise UserError(
             f"--num-processes {num_processes}, but {torch.cuda.device_count()} CUDA devices are here. Lower it, or pass --device cpu"
         )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={num_processes}",
-        script,
-    ]
-    return subprocess.run([*command, *arguments], env=environment, check=False).returncode
+    if os.environ.get("TROPD_DEBUG") != "1":
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    if cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    with (
+        tempfile.TemporaryDirectory(prefix="tropd-job-") as job,
+        forwarded_signals(Path(job), num_processes) as received,
+    ):
+        os.environ[JOB] = job
+        try:
+            elastic_launch(launch_config(num_processes), sys.executable)(*worker_command(), *arguments)
+        except ChildFailedError as error:
+            return exit_code(error.failures, Path(job), run, interrupted=bool(received))
+        except (SignalException, KeyboardInterrupt):
+            return 130
+    return 0
+
+
+def launch_config(num_processes: int) -> Any:
+    """torchrun --standalone --nproc_per_node=N, with SIGINT and SIGTERM left to us: torchrun would kill after 30 s."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    ours = {"signals_to_handle": "SIGHUP,SIGQUIT"}
+    known = {f.name for f in dataclasses.fields(LaunchConfig)}
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=MONITOR_INTERVAL,
+        **{name: value for name, value in ours.items() if name in known},
+    )
+
+
+def worker_command() -> list[str]:
+    """What Python runs in a worker: the script that runs here, wherever it is installed."""
+    here = sys.argv[0] if Path(sys.argv[0]).name == "tropd" and Path(sys.argv[0]).is_file() else None
+    script = here or shutil.which("tropd")
+    return [script] if script else ["-m", "tropd_cli.main"]
+
+
+@contextmanager
+def forwarded_signals(job: Path, num_processes: int) -> Iterator[list[int]]:
+    """Passes SIGINT and SIGTERM on to the workers, which finish their step, save and end."""
+    received: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        received.append(number)
+        registered = list(job.glob("pid-*"))
+        if len(registered) < num_processes:
+            raise KeyboardInterrupt  # still starting: there is nothing to save
+        for path in registered:
+            with suppress(OSError, ValueError):
+                os.kill(int(path.read_text(encoding="utf-8")), number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_code(failures: dict[int, Any], job: Path, run: Path, *, interrupted: bool) -> int:
+    """The job's exit code, and a message about a worker that was killed before it could say anything itself."""
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    if 130 in codes.values() or (interrupted and len(killed) == len(codes)):
+        return 130
+    if (job / "message").exists():
+        return 1
+    advice = f" Continue with: tropd distill --resume {run}" if (run / "config.yaml").is_file() else ""
+    if killed:
+        # SIGTERM is how the others were ended: it comes last among the reasons.
+        rank, number = min(killed.items(), key=lambda item: (item[1] == signal.SIGTERM, item[0]))
+        reason = " (often by the system, out of memory)" if number == signal.SIGKILL else ""
+        sys.stderr.write(
+            f"error: process {rank} (pid {failures[rank].pid}) was killed by {signal.Signals(number).name}{reason}; "
+            f"the others were ended.{advice}\n"
+        )
+    else:
+        sys.stderr.write(f"error: the processes lost contact with each other.{advice}\n")
+    return 1

@@ -24,6 +24,7 @@ from .heldout import HeldOut, forward_kl_on_teacher_text, measure
 from .judging import judge_for
 from .pair import load_pair
 from .prefixes import TeacherPrefixes
+from .processes import Watch
 from .rollout import TransformersGenerator
 from .run_directory import RunDirectory
 
@@ -73,6 +74,10 @@ class Training:
         self.heldout_prefixes = TeacherPrefixes(
             run.path / "heldout_responses", self.generator("heldout"), tokenizer=self.pair.tokenizer,
             vocabulary=self.pair.vocabulary, seed=config.seed, rule="min", rank=accelerator.process_index,
+        )  # fmt: skip
+        self.watch = Watch(
+            run.path / "processes", accelerator.process_index, accelerator.num_processes, timeout=config.hang_timeout,
+            advice=f"Continue with: tropd distill --resume {run.path}", before_exit=display.stop,
         )  # fmt: skip
         self.health = Health(config.optimizer.max_grad_norm)
         self.completed = self.skipped = self.skipped_in_a_row = 0
@@ -129,6 +134,7 @@ def evaluate(t: Training) -> dict[str, Any]:
     """Held-out accuracy and divergences, or {} without held-out prompts."""
     if not t.heldout_prompts:
         return {}
+    t.watch.beat(f"evaluating after step {t.completed}")
     task = _task(t, t.heldout_prompts, samples=t.config.eval_samples)
     result = measure(t.pair, t.generator("evaluation"), task)
     responses = heldout_responses(t, task)
@@ -168,6 +174,7 @@ def keep_best(t: Training, metrics: dict[str, Any]) -> None:
 
 def save(t: Training) -> None:
     """Writes a checkpoint. A full disk is reported and survived: the ones before stay."""
+    t.watch.beat("saving a checkpoint" if t.accelerator.is_main_process else "waiting for the checkpoint")
     t.accelerator.wait_for_everyone()
     if t.accelerator.is_main_process:
         state = {

@@ -71,7 +71,7 @@ def distill(t: Training, *, resume: bool) -> tuple[dict[str, Any], dict[str, Any
     config, display = t.config, t.display
     if resume:
         restore(t)
-    with caught_signals() as received:
+    with caught_signals() as received, t.watch:
         if t.completed == 0:
             log(t, {"step": 0, **probe(t), **evaluate(t)})
         display.start(t.completed, config.steps)
@@ -96,6 +96,7 @@ def distill(t: Training, *, resume: bool) -> tuple[dict[str, Any], dict[str, Any
 def roll_out(t: Training) -> tuple[Rollout, int, float]:
     """This process's share of the step's responses. Returns (rollout, longest prefix allowed, seconds)."""
     started, c = time.perf_counter(), t.config
+    t.watch.beat(f"sampling step {t.completed + 1}")
     chosen = prompts_of_step(len(t.prompts), c.prompts_per_step, t.completed // c.updates_per_rollout, c.seed)
     prompts = t.mine([t.prompts[index] for index in chosen])
     limit = step_prefix_limit(t.completed, c.steps, c.max_response_length) if t.guided else 0
@@ -136,6 +137,7 @@ def score_and_update(
 def score(t: Training, rollout: Rollout, token_budget: int) -> ScoredRollout:
     """Micro-batches with the frozen models' scores. Every process makes the same number of micro-batches."""
     started = time.perf_counter()
+    t.watch.beat(f"scoring step {t.completed + 1}")
     plan = plan_micro_batches(row_lengths(rollout), token_budget)
     plan += [[] for _ in range(max(gather_object([len(plan)])) - len(plan))]
     recorded = is_recorded(t)
@@ -187,6 +189,7 @@ def update(t: Training, scored: ScoredRollout) -> dict[str, Any]:
 
 def forward(t: Training, scored: ScoredRollout, number: int, request: CreditRequest) -> tuple[torch.Tensor, Record]:
     """One micro-batch through the wrapped student."""
+    t.watch.beat(f"updating in step {t.completed + 1}")
     batch = scored.batches[number]
     old = None if scored.first is None else scored.first[number]
     uniforms = region_uniforms(t.config.seed, batch)
