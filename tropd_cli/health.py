@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+#: |R| below this on every token means that the teacher has nothing to say, nats.
+NO_SIGNAL = 1e-4
+#: Student entropy under this share of its first value, and under this many nats, looks like a collapse.
+COLLAPSE_SHARE, COLLAPSE_NATS = 0.1, 0.05
+#: Share of outliers, or of truncated responses, that is worth a word.
+TOO_MANY = 0.5
+#: A gradient norm of so many times the median of the last ones is a spike; so many of them are remembered.
+SPIKE, REMEMBERED, ENOUGH = 20.0, 20, 5
 
 
 @dataclass
@@ -22,48 +32,44 @@ class Health:
         self.warned.update(found)
         return new
 
-    def _problems(self, m: dict[str, Any]) -> list[tuple[str, str]]:
-        problems = []
-        smallest, largest = m.get("reward_min"), m.get("reward_max")
-        if smallest is not None and max(abs(smallest), abs(largest)) < 1e-4:
-            problems.append(
-                (
-                    "no-signal",
-                    "teacher and student agree on every token (|log p - log q| < 1e-4): is the teacher the student?",
-                )
+    def _problems(self, metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """(name, advice) of everything that is off."""
+        smallest, largest = metrics.get("reward_min"), metrics.get("reward_max")
+        if smallest is not None and max(abs(smallest), abs(largest)) < NO_SIGNAL:
+            yield (
+                "no-signal",
+                f"teacher and student agree on every token (|R| < {NO_SIGNAL}): is the teacher the student?",
             )
-        if m.get("skipped_steps"):
-            problems.append(
-                ("non-finite", "a step had a non-finite loss or gradient and was skipped: lower --learning-rate")
+        if metrics.get("skipped_steps"):
+            yield "non-finite", "a loss or gradient was not finite and its step was skipped: lower --learning-rate"
+        yield from self._entropy(metrics.get("entropy"))
+        if (metrics.get("truncated_share") or 0.0) > TOO_MANY:
+            yield (
+                "length",
+                "more than half of the responses hit --max-response-length without ending: raise it, or check the stop tokens",
             )
-        entropy = m.get("entropy")
-        if entropy is not None:
-            self.first_entropy = entropy if self.first_entropy is None else self.first_entropy
-            if entropy < 0.1 * self.first_entropy and entropy < 0.05:
-                problems.append(
-                    (
-                        "entropy",
-                        f"student entropy fell from {self.first_entropy:.3f} to {entropy:.3f} nats: it may be collapsing",
-                    )
-                )
-        if (m.get("truncated_share") or 0.0) > 0.5:
-            problems.append(
-                (
-                    "length",
-                    "more than half of the responses hit --max-response-length without ending: raise it, or check the stop tokens",
-                )
+        if (metrics.get("outlier_share") or 0.0) > TOO_MANY:
+            yield (
+                "outliers",
+                "more than half of the student's tokens are outliers, so the teacher can hardly judge it: "
+                "try longer guidance or a closer teacher",
             )
-        if (m.get("outlier_share") or 0.0) > 0.5:
-            problems.append(
-                (
-                    "outliers",
-                    "more than half of the student's tokens are outliers: the teacher can hardly judge this student; try longer guidance or a closer teacher",
-                )
+        yield from self._spike(metrics.get("grad_norm"))
+
+    def _entropy(self, entropy: float | None) -> Iterator[tuple[str, str]]:
+        if entropy is None:
+            return
+        self.first_entropy = entropy if self.first_entropy is None else self.first_entropy
+        if entropy < COLLAPSE_SHARE * self.first_entropy and entropy < COLLAPSE_NATS:
+            yield (
+                "entropy",
+                f"student entropy fell from {self.first_entropy:.3f} to {entropy:.3f} nats: it may be collapsing",
             )
-        norm = m.get("grad_norm")
-        if norm is not None:
-            usual = sorted(self.norms)[len(self.norms) // 2] if len(self.norms) >= 5 else None
-            if usual and norm > 20 * usual and norm > self.max_grad_norm:
-                problems.append(("spike", f"gradient norm {norm:.3g} is over 20 times its median {usual:.3g}"))
-            self.norms = [*self.norms[-19:], norm]
-        return problems
+
+    def _spike(self, norm: float | None) -> Iterator[tuple[str, str]]:
+        if norm is None:
+            return
+        median = sorted(self.norms)[len(self.norms) // 2] if len(self.norms) >= ENOUGH else None
+        if median and norm > SPIKE * median and norm > self.max_grad_norm:
+            yield "spike", f"gradient norm {norm:.3g} is over {SPIKE:.0f} times its median {median:.3g}"
+        self.norms = [*self.norms[1 - REMEMBERED :], norm]
