@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from . import __version__
+from . import __version__, evaluate
 from .errors import UserError
 
 # Threads that wait by spinning make small models on busy CPUs dozens of times slower. Read when torch is first imported.
@@ -205,6 +205,11 @@ def distill(
 
 #: Parameters of `distill` that are no options of a run.
 NO_OPTIONS = frozenset("config set_ print_config dry_run as_json overwrite resume preset outlier".split())
+
+
+# ── eval ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+app.command("eval", epilog=evaluate.EXAMPLES)(error_boundary(evaluate.evaluate))
 
 
 # ── strategies ──────────────────────────────────────────────────────────────────────────────────────────────────────
