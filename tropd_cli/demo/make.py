@@ -4,8 +4,11 @@ One network learns the task from right solutions, then to write them in either o
 network settled on its own style; the student is the same network settled on the other one, from solutions in which 12 %
 of the intermediate results are random. So the student can be taught quickly, and yet disagrees with the teacher.
 
-Takes about 13 minutes on two cores. Measured on held-out problems, after rounding the weights to bfloat16: MEASURED.
-Seeds fix data and initial weights; another number of threads changes the last digits of the sums, and so the weights.
+Takes about 15 minutes on two idle cores. Measured on held-out problems, after rounding the weights to bfloat16: the
+teacher solves 99.2 % by sampling at temperature 1 (512 problems) and all of them greedily; the student 25.9 % by
+sampling (1024) and 98.2 % greedily: it knows how, but slips. On the student's own samples (256) the outlier share is
+0.20 and the lowest 1 % of R = log p(x) - log q(x) lies at -28.5 nats. Seeds fix data and initial weights; another number
+of threads adds in another order, and so ends with slightly different weights.
 """
 
 from __future__ import annotations
