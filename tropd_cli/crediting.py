@@ -72,7 +72,7 @@ def batch_credit(
     if not everyone:
         return [Credit(sampled=torch.zeros(0)) for _ in batches]
     tokens = {name: torch.cat([part[name] for part in everyone]) for name in everyone[0]}
-    signals, row, position, keys = _pad(tokens, progress)
+    signals, row, position, keys = padded_signals(tokens, progress)
     credit = apply_guidance(strategy.credit(signals.only(strategy.needs)), signals, weight=guidance_weight)
     flat = select(credit, (row, position))
     place = {key: index for index, key in enumerate(keys)}
@@ -93,8 +93,14 @@ def _row_tensors(batch: TokenBatch, scores: Scores, record: Record, needs: Needs
     return {name: value.detach().cpu() for name, value in tensors.items()}
 
 
-def _pad(tokens: dict[str, Tensor], progress: float) -> tuple[Signals, Tensor, Tensor, list[tuple[int, int, int]]]:
-    """(signals [B, T], row [N], position [N], (group, sample, position) per token)."""
+def padded_signals(
+    tokens: dict[str, Tensor], progress: float
+) -> tuple[Signals, Tensor, Tensor, list[tuple[int, int, int]]]:
+    """Tokens [N], with `group`, `sample` and `position`, as a batch-scope strategy reads them.
+
+    Returns:
+        (signals [B, T], row [N], position [N], (group, sample, position) per token).
+    """
     keys = list(zip(*(tokens[n].tolist() for n in ("group", "sample", "position")), strict=True))
     rows = {key: index for index, key in enumerate(sorted({key[:2] for key in keys}))}
     row = torch.tensor([rows[key[:2]] for key in keys])

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from . import __version__, evaluate
+from . import __version__, evaluate, inspect_regions
 from .errors import UserError
 
 # Threads that wait by spinning make small models on busy CPUs dozens of times slower. Read when torch is first imported.
@@ -210,6 +210,11 @@ NO_OPTIONS = frozenset("config set_ print_config dry_run as_json overwrite resum
 # ── eval ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 app.command("eval", epilog=evaluate.EXAMPLES)(error_boundary(evaluate.evaluate))
+
+
+# ── inspect-regions ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+app.command("inspect-regions", epilog=inspect_regions.EXAMPLES)(error_boundary(inspect_regions.inspect_regions))
 
 
 # ── strategies ──────────────────────────────────────────────────────────────────────────────────────────────────────

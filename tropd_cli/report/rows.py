@@ -19,7 +19,8 @@ Left out where they say nothing:
     uniform             the U(0, 1) number the region was drawn with: trust where uniform < p_trust
     outlier_weight      the estimator's weight, where it is not 1 for an outlier and 0 for the others (soft regions)
     credit_absolute     sum of |credit| over all log-probabilities, where it is not |credit| + |credit_top_k_mass|
-    prompt, group, sample   on a sequence's first token: its prompt as text, the prompt's index, which of its rollouts
+    prompt, group, sample   on a sequence's first token: its prompt as text, the prompt's place among those of its step or
+                        file, which of its rollouts
     finish              on a sequence's last token: "eos", "length" (cut at the cap) or "given" (scored, not sampled)
 
 A number that was not computed, or is infinite, is null.

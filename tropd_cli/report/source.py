@@ -49,7 +49,7 @@ def read_run(run: Path, step: int | None = None) -> Inspection:
     notes: list[str] = []
     with path.open(encoding="utf-8", errors="replace") as lines:
         rows = list(read_rows(lines, str(path), notes))
-    facts, rule = _read_config(run / CONFIG)
+    facts, rule = config_facts(read_config(run))
     facts = {"run": run.name, "step": str(step)} | facts
     return Inspection(rows, facts=facts, metrics=read_metrics(run), notes=notes, rule=rule)
 
@@ -95,29 +95,34 @@ def _read_json_lines(lines: Iterable[str], source: str, notes: list[str] | None)
         yield number, value
 
 
-def _read_config(path: Path) -> tuple[dict[str, str], Rule]:
-    """What the reports say about a run's models and strategy. Missing or odd values are left out."""
+def read_config(run: Path) -> dict[str, Any]:
+    """A run's configuration as YAML has it; {} where there is none."""
+    path = run / CONFIG
     if not path.is_file():
-        return {}, Rule()
+        return {}
     import yaml
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError:
         config = None
-    config = config if isinstance(config, dict) else {}
+    return config if isinstance(config, dict) else {}
+
+
+def config_facts(config: dict[str, Any]) -> tuple[dict[str, str], Rule]:
+    """What the reports say about models and strategy of a configuration. Missing or odd values are left out."""
     facts = {name: str(config[name]) for name in ("student", "teacher") if config.get(name)}
     strategy = config.get("strategy")
     options = strategy if isinstance(strategy, dict) else {"name": strategy}
     if options.get("name"):
-        facts["strategy"] = _spelled_out(options)
+        facts["strategy"] = spelled_out(options)
     kind, threshold = options.get("region_rule"), options.get("threshold")
     return facts, Rule(
         kind if kind in Rule.KINDS else Rule.kind, threshold if isinstance(threshold, float) else Rule.threshold
     )
 
 
-def _spelled_out(options: dict[str, Any]) -> str:
+def spelled_out(options: dict[str, Any]) -> str:
     """`trust-region, region_rule soft, outlier forward-kl`; the threshold only where it rules."""
     parts = [str(options["name"])]
     for name, value in options.items():
