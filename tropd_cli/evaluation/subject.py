@@ -65,11 +65,11 @@ def load_subject(subject: Subject) -> Pair:
     """
     config = subject.config
     name = model_path(config.student)
-    tokenizer = load_tokenizer(name, role="model", revision=config.student_revision)
     device = resolve_device(config.device)
     default = "bfloat16" if device.type == "cuda" else "float32"
     compute = DTYPES[default if config.dtype == "auto" else config.dtype]
     student = load_model(name, role="model", dtype=compute, device=device, revision=config.student_revision)
+    tokenizer = load_tokenizer(name, role="model", revision=config.student_revision)
     if subject.adapter is not None:
         student = with_adapter(student, subject.adapter)
     student.model.eval().requires_grad_(False)
