@@ -163,7 +163,8 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
         if is_worker():  # one that ends first makes the launcher end the others: let them finish what is left
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
-        display.note(f"interrupted; everything is saved. Continue with: tropd distill --resume {run.path}")
+        state = "everything is saved" if training.saved == training.completed else f"saved is step {training.saved}"
+        display.note(f"interrupted; {state}. Continue with: tropd distill --resume {run.path}")
         raise typer.Exit(130) from None
     finally:
         display.stop()

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .data import Prompt
 from .models import Vocabulary
 from .rollout import Generator, Request, draw_prefix_length
+from .run_directory import cut_torn_line, read_json_lines
 
 
 class TeacherPrefixes:
@@ -30,6 +31,7 @@ class TeacherPrefixes:
         self.generator, self.tokenizer, self.vocabulary = generator, tokenizer, vocabulary
         self.seed, self.rule = seed, rule
         self.folder, self.path = folder, folder / f"process-{rank}.jsonl"
+        self.keeping = True
         self._known: dict[int, list[int]] | None = None
 
     @property
@@ -38,6 +40,7 @@ class TeacherPrefixes:
         if self._known is None:
             self.folder.mkdir(exist_ok=True)
             self._known = {}
+            cut_torn_line(self.path)
             for path in sorted(self.folder.glob("process-*.jsonl")):
                 self._known.update(_read_cache(path))
         return self._known
@@ -73,10 +76,13 @@ class TeacherPrefixes:
         to_write = [p for p in missing.values() if p.response is None]
         responses = self.generator([Request(p.teacher_ids, [], limit, (0, p.index, 0)) for p in to_write])
         made.update(zip((p.index for p in to_write), responses, strict=True))
-        if made:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"prompt": i, "ids": ids}) + "\n" for i, ids in made.items())
-            self.known.update(made)
+        self.known.update(made)
+        if made and self.keeping:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"prompt": i, "ids": ids}) + "\n" for i, ids in made.items())
+            except OSError:  # a full disk: a run can do without this file, and nothing may follow a torn line
+                self.keeping = False
 
 
 def encode_response(text: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> list[int]:
@@ -88,12 +94,5 @@ def encode_response(text: str, tokenizer: PreTrainedTokenizerBase, vocabulary: V
 
 
 def _read_cache(path: Path) -> dict[int, list[int]]:
-    """Cached responses; a torn last line (the process died while writing it) is dropped."""
-    known = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        known[int(row["prompt"])] = list(row["ids"])
-    return known
+    """Cached responses up to the first torn line: another process may be writing its own file right now."""
+    return {int(row["prompt"]): list(row["ids"]) for row in read_json_lines(path)}

@@ -19,6 +19,8 @@ from .report.rows import TokenRow, dump_row
 
 PACKAGES = ("tropd", "torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors")
 
+UNFINISHED_CONFIG = ".config.yaml.tmp"
+
 
 class RunDirectory:
     """Paths of one run and the files that grow with it."""
@@ -35,7 +37,9 @@ class RunDirectory:
 
     def refuse_existing(self, *, overwrite: bool) -> None:
         """Raises UserError when something is here already that must not be replaced."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists():
+            return
+        if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {UNFINISHED_CONFIG}:
             return
         if not overwrite:
             raise UserError(
@@ -58,14 +62,19 @@ class RunDirectory:
         """
         self.refuse_existing(overwrite=overwrite)
         try:
-            if self.path.exists():
+            if self.config.is_file():
                 shutil.rmtree(self.path)
-            for folder in (self.rollouts, self.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            if prompts is not None:
+                config = config.model_copy(update={"data": str(self.path / "prompts.jsonl")})
+            # The configuration comes first and at once: with it, a run that dies here can be resumed or overwritten.
+            unfinished = self.path / UNFINISHED_CONFIG
+            unfinished.write_text(to_yaml(config), encoding="utf-8")
+            os.replace(unfinished, self.config)
             if prompts is not None:
                 (self.path / "prompts.jsonl").write_text(prompts, encoding="utf-8")
-                config = config.model_copy(update={"data": str(self.path / "prompts.jsonl")})
-            self.config.write_text(to_yaml(config), encoding="utf-8")
+            for folder in (self.rollouts, self.checkpoints):
+                folder.mkdir(exist_ok=True)
             (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
             self.metrics.touch()
         except OSError as error:
@@ -119,17 +128,25 @@ class RunDirectory:
         return read_json_lines(self.metrics)
 
     def cut_back(self, step: int) -> None:
-        """Drops metrics and recorded rollouts after `step`, as a resumed run writes them again."""
+        """Drops metrics and recorded rollouts after `step`, as a resumed run writes them again.
+
+        Raises:
+            UserError: the disk is full.
+        """
         kept = [row for row in self.rows() if row["step"] <= step]
         temporary = self.metrics.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self.metrics)
-        for path in self.rollouts.glob("step-*.jsonl"):
-            if int(path.stem.split("-")[1]) > step:
-                path.unlink()
+        try:
+            self.rollouts.mkdir(exist_ok=True)
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(temporary, self.metrics)
+            for path in [*self.rollouts.glob("step-*.jsonl"), *self.rollouts.glob("*.tmp")]:
+                if path.suffix == ".tmp" or int(path.stem.split("-")[1]) > step:
+                    path.unlink()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}. Make room, then resume again") from error
 
     def record(self, step: int, rows: Iterable[TokenRow]) -> None:
-        """Writes rollouts/step-NNNNNN.jsonl at once."""
+        """Writes rollouts/step-NNNNNN.jsonl at once. Raises OSError when the disk is full."""
         path = self.rollouts / f"step-{step:06d}.jsonl"
         temporary = path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as file:
@@ -142,12 +159,20 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return rows
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cuts off what a process that died while writing left behind the last line end, so that lines can be added."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb+") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def default_output(strategy: str) -> str:

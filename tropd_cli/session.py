@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from strategies import Needs
 
-from .checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from .checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, sync
 from .config import Config, build_strategy
 from .credit_loss import CreditLoss
 from .data import Prompt, load_prompts, prompts_of_step
 from .display import Display
+from .errors import UserError
 from .export import save_student
 from .health import Health
 from .heldout import HeldOut, forward_kl_on_teacher_text, measure
@@ -32,12 +34,15 @@ from .run_directory import RunDirectory
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 ROLLOUT_BATCH_TOKENS = {"cpu": 32768, "cuda": 262144}
 
+#: What libraries raise when the disk is full.
+DISK_ERRORS = (OSError, SafetensorError)
+
 #: Strategies that come with teacher-written prefixes unless the configuration says otherwise.
 GUIDED_BY_DEFAULT = ("trust-region", "trust-region-aopd")
 
 
 class Training:
-    """Everything one run holds. `completed` counts finished updates."""
+    """Everything one run holds. `completed` counts finished updates, `saved` those in the newest checkpoint."""
 
     def __init__(self, config: Config, run: RunDirectory, display: Display, accelerator: Accelerator) -> None:
         self.config, self.run, self.display, self.accelerator = config, run, display, accelerator
@@ -80,7 +85,7 @@ class Training:
             advice=f"Continue with: tropd distill --resume {run.path}", before_exit=display.stop,
         )  # fmt: skip
         self.health = Health(config.optimizer.max_grad_norm)
-        self.completed = self.skipped = self.skipped_in_a_row = 0
+        self.completed = self.skipped = self.skipped_in_a_row = self.saved = 0
         self.best: float | None = None
         self.first_evaluation: dict[str, Any] = {}
         self.last_metrics: dict[str, Any] = {}
@@ -166,7 +171,10 @@ def keep_best(t: Training, metrics: dict[str, Any]) -> None:
     if t.best is None or score > t.best:
         t.best = score
         if t.accelerator.is_main_process:
-            save_student(t.pair, t.config, t.run.best, metrics)
+            try:
+                save_student(t.pair, t.config, t.run.best, metrics)
+            except DISK_ERRORS as error:
+                t.display.warn(f"best student of step {t.completed} not saved: {error}")
 
 
 # ── checkpoints and signals ─────────────────────────────────────────────────────────────────────────────────────────
@@ -178,14 +186,34 @@ def save(t: Training) -> None:
     t.accelerator.wait_for_everyone()
     if t.accelerator.is_main_process:
         state = {
-            "skipped": t.skipped, "skipped_in_a_row": t.skipped_in_a_row, "best": t.best,
-            "first_evaluation": t.first_evaluation, "last_metrics": t.last_metrics, "health": vars(t.health) | {"warned": sorted(t.health.warned)},
-        }  # fmt: skip
+            "skipped": t.skipped,
+            "skipped_in_a_row": t.skipped_in_a_row,
+            "best": t.best,
+            "first_evaluation": t.first_evaluation,
+            "last_metrics": t.last_metrics,
+            "health": vars(t.health) | {"warned": sorted(t.health.warned)},
+        }
         try:
+            sync(t.run.metrics)  # a power cut must not leave a checkpoint without the lines before it
             save_checkpoint(t.run.checkpoints, t.completed, t.module, unwrapped(t.optimizer), state)
+            t.saved = t.completed
             prune(t.run.checkpoints, t.config.keep_checkpoints)
         except OSError as error:
             t.display.warn(f"no checkpoint at step {t.completed}: {error}. The ones before are untouched")
+    t.accelerator.wait_for_everyone()
+
+
+def save_final(t: Training) -> None:
+    """Writes student/. Raises UserError when the disk is full."""
+    t.watch.beat("saving the student" if t.accelerator.is_main_process else "waiting for the student")
+    if t.accelerator.is_main_process:
+        try:
+            save_student(t.pair, t.config, t.run.student, t.last_metrics)
+        except DISK_ERRORS as error:
+            raise UserError(
+                f"{t.run.student} cannot be written: {error}. The last checkpoint is untouched; make room, then: "
+                f"tropd distill --resume {t.run.path}"
+            ) from error
     t.accelerator.wait_for_everyone()
 
 
@@ -200,6 +228,7 @@ def restore(t: Training) -> None:
             t.run.cut_back(-1)
         return
     state = load_checkpoint(path, t.module, unwrapped(t.optimizer))
+    t.saved = state["step"]
     t.completed, t.skipped, t.skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
     t.best, t.first_evaluation, t.last_metrics = state["best"], state["first_evaluation"], state["last_metrics"]
     t.health = Health(**state["health"] | {"warned": set(state["health"]["warned"])})

@@ -20,13 +20,12 @@ from .credit_loss import CreditOf, CreditRequest, Record
 from .crediting import batch_credit, fixed_credit, region_uniforms, token_credit
 from .data import prompts_of_step
 from .errors import UserError
-from .export import save_student
 from .memory import with_smaller_batches
 from .metrics import batch_sums, combine, peak_memory_bytes, rollout_sums, step_metrics, update_norm
 from .recording import token_rows
 from .rollout import Rollout, make_rollout, step_prefix_limit
 from .scoring import Scores, ScoringOptions, score_reference, score_teacher
-from .session import Training, caught_signals, evaluate, keep_best, probe, restore, save
+from .session import Training, caught_signals, evaluate, keep_best, probe, restore, save, save_final
 
 T = TypeVar("T")
 
@@ -86,10 +85,8 @@ def distill(t: Training, *, resume: bool) -> tuple[dict[str, Any], dict[str, Any
                 save(t)
             if stop and t.completed < config.steps:
                 raise Interrupted
-    display.stop()
-    if t.accelerator.is_main_process:
-        save_student(t.pair, config, t.run.student, t.last_metrics)
-    t.accelerator.wait_for_everyone()
+        display.stop()
+        save_final(t)
     return t.last_metrics, t.first_evaluation
 
 
@@ -252,20 +249,26 @@ def collect_metrics(
 
 
 def record_rollout(t: Training, scored: ScoredRollout, records: list[Record]) -> None:
-    """Keeps the first sequences of a recorded step in rollouts/."""
-    if not (scored.recorded and t.accelerator.is_main_process):
+    """Keeps the first sequences of a recorded step in rollouts/, numbered over all processes."""
+    if not scored.recorded:
         return
-    rows = token_rows(
+    numbers = (scored.rollout.group * t.config.rollouts_per_prompt + scored.rollout.sample).tolist()
+    mine = token_rows(
         scored.rollout,
         scored.batches,
         scored.scores,
         records,
         tokenizer=t.pair.tokenizer,
-        sequences=t.config.record.sequences,
+        sequences=sum(number < t.config.record.sequences for number in numbers),
         top_k=t.config.record.top_k,
         seed=t.config.seed,
     )
-    t.run.record(t.completed, rows)
+    rows = gather_object([replace(row, sequence=numbers[row.sequence]) for row in mine])
+    if t.accelerator.is_main_process:
+        try:
+            t.run.record(t.completed, sorted(rows, key=lambda row: (row.sequence, row.position)))
+        except OSError as error:
+            t.display.warn(f"rollouts of step {t.completed} not recorded: {error}")
 
 
 def finish_step(t: Training, metrics: dict[str, Any]) -> None:

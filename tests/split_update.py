@@ -1,0 +1,152 @@
+"""A script: one update of every strategy on the same rollouts, by one process, by two, and by two with accumulation;
+whole sampled runs on one, two and changing numbers of processes; and a sharded student. Writes FOLDER/*.pt for the test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate
+import peft  # noqa: F401  imported before the processes are forked
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
+from torch import Tensor
+
+from strategies import STRATEGIES, Needs
+from tropd_cli import train
+from tropd_cli.config import build_config
+from tropd_cli.credit_loss import CreditLoss
+from tropd_cli.display import Display
+from tropd_cli.models import LanguageModel, add_lora
+from tropd_cli.processes import Watch
+from tropd_cli.rollout import Rollout
+
+from .forked import start, tropd
+from .tiny import random_rollout, tiny_model, tiny_vocabulary
+
+SPLITS = {"one": (1, 4096), "two": (2, 4096), "accumulated": (2, 20)}
+#: The second rollout has a single prompt, so that the second process has nothing to do.
+LENGTHS = ([5, 9, 3, 7, 12, 4], [6, 8])
+
+
+def share(rollout: Rollout, rank: int, count: int) -> Rollout:
+    """The rows of one process: prompts are dealt in turn."""
+    rows = [row for row, group in enumerate(rollout.group.tolist()) if group % count == rank]
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(rollout):
+        value = getattr(rollout, field.name)
+        values[field.name] = (
+            value[rows]
+            if isinstance(value, Tensor)
+            else [value[r] for r in rows]
+            if isinstance(value, list) and value
+            else value
+        )
+    return Rollout(**values)
+
+
+def training(name: str, *, lora: bool, folder: Path) -> Any:
+    """What the loop's update reads of a run, on tiny models in float64."""
+    config = build_config(
+        {"strategy": name, "steps": 4, "learning_rate": 1e-3, "record": {"every": 0}, "dtype": "float32"}
+    )
+    student = tiny_model("llama", seed=0, dtype=torch.float64)
+    if lora:
+        student = add_lora(student, rank=2, alpha=4, targets="all-linear")
+        for parameter_name, parameter in student.model.named_parameters():
+            if "lora_B" in parameter_name:  # zero at first, which would leave half of the gradients zero
+                parameter.data.normal_(generator=torch.Generator().manual_seed(len(parameter_name)))
+        student = LanguageModel(student.model.double(), student.name, student.vocabulary, student.generation_config)
+    frozen = [tiny_model("llama", seed=seed, dtype=torch.float64) for seed in (5, 7)]
+    for model in frozen:
+        model.model.eval().requires_grad_(False)
+    strategy = STRATEGIES.build(name)
+    module = CreditLoss(student)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    accelerator = accelerate.Accelerator(cpu=True)
+    wrapped, optimizer = accelerator.prepare(module, torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0))
+    pair = SimpleNamespace(
+        student=student, teacher=frozen[0], reference=frozen[1] if strategy.needs.reference_logprob else None,
+        device=torch.device("cpu"), vocabulary=tiny_vocabulary(),
+    )  # fmt: skip
+    return SimpleNamespace(
+        config=config, strategy=strategy, needs=strategy.needs | Needs(teacher_logprob=True, student_entropy=True),
+        pair=pair, module=module, wrapped=wrapped, optimizer=optimizer, parameters=parameters, accelerator=accelerator,
+        display=Display(active=False), watch=Watch(folder, 0, 1, timeout=60.0, advice=""),
+        completed=0, skipped=0, skipped_in_a_row=0,
+    )  # fmt: skip
+
+
+def two_updates_per_rollout(t: Any, token_budget: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """(metrics of every update, trained weights)."""
+    rank, count = t.accelerator.process_index, t.accelerator.num_processes
+    metrics = []
+    for number, lengths in enumerate(LENGTHS):
+        scored = train.score(t, share(random_rollout(lengths, prefix=2, seed=number), rank, count), token_budget)
+        scored.seconds["seconds_rollout"] = 1.0
+        metrics += [train.update(t, scored), train.update(t, scored)]
+    return metrics, {name: p.detach().clone() for name, p in t.module.named_parameters() if p.requires_grad}
+
+
+def all_strategies(folder: Path, split: str) -> None:
+    results = {
+        (name, lora): two_updates_per_rollout(training(name, lora=lora, folder=folder), SPLITS[split][1])
+        for name in STRATEGIES.names()
+        for lora in (False, True)
+    }
+    if accelerate.PartialState().is_main_process:
+        torch.save(results, folder / f"{split}.pt")
+
+
+def stopped_at(step: int, *arguments: str) -> Any:
+    """The command line, getting SIGTERM when it has completed `step` updates."""
+    finish = train.finish_step
+
+    def finish_and_signal(t: Any, metrics: dict[str, Any]) -> None:
+        finish(t, metrics)
+        if t.completed == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def run() -> int | None:
+        train.finish_step = finish_and_signal
+        return tropd(*arguments)()
+
+    return run
+
+
+def main(folder: Path, arguments: list[str]) -> None:
+    """Jobs one after another; one that ends otherwise than it should ends the script."""
+
+    def distill(name: str) -> list[str]:
+        return ["distill", *arguments, "--output", str(folder / name)]
+
+    jobs: list[tuple[str, int, Any, int]] = [
+        (split, count, functools.partial(all_strategies, folder, split), 0) for split, (count, _) in SPLITS.items()
+    ]
+    jobs += [
+        ("run-1", 1, tropd(*distill("run-1")), 0),
+        ("run-2", 2, tropd(*distill("run-2")), 0),
+        ("run-12", 1, stopped_at(4, *distill("run-12")), 130),
+        ("run-12", 2, tropd("distill", "--resume", str(folder / "run-12")), 0),
+        ("run-21", 2, stopped_at(4, *distill("run-21")), 130),
+        ("run-21", 1, tropd("distill", "--resume", str(folder / "run-21")), 0),
+    ]
+    for name, count, function, wanted in jobs:
+        started, log = time.monotonic(), folder / f"{name}.log"
+        codes = start(count, function, log).wait(400)
+        if codes != [wanted] * count:
+            sys.exit(f"{name} ended with {codes}:\n{log.read_text()}")
+        print(f"{name} on {count}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2:])

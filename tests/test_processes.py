@@ -1,0 +1,66 @@
+"""The same result however the work is split, and a job of several processes that lives and dies as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from strategies import STRATEGIES
+
+from .test_distill import lasting, metrics
+
+ROOT = Path(__file__).parent.parent
+DEMO = (
+    "--steps 10 --prompts-per-step 3 --rollouts-per-prompt 2 --max-response-length 16 --set eval_prompts=4 "
+    "--set probe_rollouts=4 --set record.every=5 --set record.sequences=4 --set checkpoint_every=0"
+).split()
+#: Numbers that describe the machine's work, not the training.
+MACHINE = {"seconds_rollout", "seconds_teacher", "seconds_update", "tokens_per_second", "peak_memory_bytes"}
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that tests/split_update.py fills, in one spawn."""
+    folder = tmp_path_factory.mktemp("splits")
+    command = [sys.executable, "-m", "tests.split_update", str(folder), *DEMO]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", STRATEGIES.names())
+def test_an_update_does_not_depend_on_how_it_is_split(splits: Path, name: str, lora: bool) -> None:
+    results = [torch.load(splits / f"{split}.pt")[name, lora] for split in ("one", "two", "accumulated")]
+    (whole, weights), *others = results
+    assert len(whole) == 4 and any(row["grad_norm"] for row in whole)
+    for rows, other_weights in others:
+        for row, other in zip(whole, rows, strict=True):
+            known = [key for key, value in row.items() if key not in MACHINE and value is not None]
+            assert [row[k] for k in known] == pytest.approx([other[k] for k in known], rel=1e-9, abs=1e-11)
+        for key, value in weights.items():
+            torch.testing.assert_close(value, other_weights[key], rtol=1e-7, atol=1e-9)
+
+
+def same_run(first: Path, second: Path) -> None:
+    """Metrics within 1e-5, and the same recorded sequences."""
+    for one, two in zip(lasting(metrics(first)), lasting(metrics(second)), strict=True):
+        known = [key for key, value in one.items() if value is not None]
+        assert [one[k] for k in known] == pytest.approx([two[k] for k in known], rel=1e-4, abs=1e-5), one["step"]
+    for path in (first / "rollouts").iterdir():
+        tokens = [[json.loads(line)["token_id"] for line in p.read_text().splitlines()] for p in
+                  (path, second / "rollouts" / path.name)]  # fmt: skip
+        assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("name", ["run-2", "run-12", "run-21"])
+def test_a_sampled_run_does_not_depend_on_the_number_of_processes(splits: Path, name: str) -> None:
+    """Also when it was stopped, and resumed on another number."""
+    same_run(splits / "run-1", splits / name)
