@@ -1,0 +1,1 @@
+"""Benchmarks of the strategies: longer than tests, run by hand."""

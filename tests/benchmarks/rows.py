@@ -1,0 +1,75 @@
+"""What is benchmarked: the rows (a configuration each), the tasks, and how often each row is repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tropd_cli.commands import DEMO_PRESET
+from tropd_cli.presets import PRESETS
+
+LEARNING_RATES = (2e-4, 5e-4, 1e-3)  #: every row gets its own best of these
+TUNING_SEED = 100  #: the learning rate is chosen on this seed, which no reported number uses
+FEW, MANY = 3, 5  #: seeds per row
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: a layer of configuration, and on how many seeds it is run."""
+
+    name: str
+    config: dict[str, Any]
+    seeds: int = FEW
+
+
+@dataclass(frozen=True)
+class Task:
+    """Models and prompts, as a layer of configuration. `teacher`: below the folder of made models, or the demo's own."""
+
+    name: str
+    title: str
+    teacher: str | None = None
+
+    def config(self, models: Path) -> dict[str, Any]:
+        """The demo's setting without what only costs time here."""
+        quiet = {"checkpoint_every": 0, "record": {"every": 0}, "probe_rollouts": 64}
+        layer = {**DEMO_PRESET, **quiet}
+        return layer if self.teacher is None else {**layer, "teacher": str(models / self.teacher)}
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("demo", "Arithmetic chains; the teacher is right after any prefix"),
+        Task("astray", "The same chains; the teacher goes astray on text in the student's words", teacher="teacher"),
+    )
+}
+
+
+def _layer(strategy: dict[str, Any], *, guidance: bool = False) -> dict[str, Any]:
+    return {"strategy": strategy, "guidance": {"enabled": guidance}}
+
+
+def _trust_region(outlier: str, rule: str = "acceptance") -> dict[str, Any]:
+    return {"name": "trust-region", "region_rule": rule, "outlier": {"name": outlier}}
+
+
+OFTEN = ("opd", "reopold", "fkl-outlier", "tropd", "tropd-mask", "tropd-clip")  #: presets repeated on many seeds
+
+#: Presets by their names; `acceptance` and `soft` rows are `trust-region` without guidance, `tropd-` ones with it.
+ROWS = {
+    row.name: row
+    for row in (
+        *(Row(name, preset.config, MANY if name in OFTEN else FEW) for name, preset in PRESETS.items()),
+        Row("mask-acceptance", _layer(_trust_region("mask")), MANY),
+        Row("clip-acceptance", _layer(_trust_region("clip")), MANY),
+        Row("tropd-soft", _layer(_trust_region("forward-kl", "soft"), guidance=True), MANY),
+        Row("soft", _layer(_trust_region("forward-kl", "soft")), MANY),
+        Row("gkd", _layer({"name": "gkd"}), MANY),
+        Row("opd-plus", _layer({"name": "opd-plus"})),
+        Row("top-d", _layer({"name": "top-d"})),
+        Row("iw-opd", _layer({"name": "iw-opd"})),
+        Row("exopd", _layer({"name": "exopd"})),
+    )
+}

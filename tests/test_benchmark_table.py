@@ -1,0 +1,113 @@
+"""The benchmark runner on tiny models: what it writes, what it does not repeat, and the numbers on its page."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from tropd_cli.demo import task as demo_task
+from tropd_cli.presets import PRESETS
+
+from .benchmarks import astray, rows, table
+
+
+@pytest.fixture
+def tiny_benchmark(tiny_pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task on the tiny pair, two rows, two learning rates."""
+    small = {"prompts_per_step": 2, "rollouts_per_prompt": 2, "max_prompt_length": 16, "max_response_length": 6}
+    models = {key: str(value) for key, value in tiny_pair.items()} | {"eval_data": str(tiny_pair["data"])}
+    quiet = {"probe_rollouts": 2, "eval_prompts": 2, "checkpoint_every": 0, "record": {"every": 0}}
+    tiny = rows.Task("tiny", "A tiny task")
+    monkeypatch.setattr(rows.Task, "config", lambda *_: {**models, **small, **quiet})
+    monkeypatch.setattr(table, "TASKS", {"tiny": tiny})
+    monkeypatch.setattr(table, "ROWS", {name: rows.ROWS[name] for name in ("opd", "fkl")})
+    monkeypatch.setattr(table, "LEARNING_RATES", (1e-3, 1e-2))
+
+
+@pytest.mark.usefixtures("tiny_benchmark")
+def test_every_run_is_one_line_and_none_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "work"))
+    files = {"models": tmp_path, "results": tmp_path / "results.jsonl", "page": tmp_path / "page.md"}
+
+    def run(seeds: str) -> list[dict[str, Any]]:
+        table.main(rows=None, seeds=seeds, tasks=None, steps=1, only_render=False, **files)
+        return [json.loads(line) for line in files["results"].read_text().splitlines()]
+
+    first = run("0")
+    assert [(r["row"], r["seed"]) for r in first] == [*[("opd", 100)] * 2, *[("fkl", 100)] * 2, ("opd", 0), ("fkl", 0)]
+    for result in first:
+        assert result.keys() >= {"task", "learning_rate", "accuracy", "grad_norm", "entropy", "seconds", "config"}
+        assert result["problem"] is None and result["grad_norm"] > 0 and 0 <= result["accuracy"] <= 1
+        assert result["config"]["strategy"]["name"] == result["row"] and str(tmp_path) not in json.dumps(result)
+    assert list((tmp_path / "work").iterdir()) == []
+    second = run("0,1")
+    assert second[:6] == first and len(second) == 8
+    monkeypatch.setattr(table, "execute", None)
+    assert run("0,1") == second
+    page = files["page"].read_text()
+    assert page.count(table.BEGIN) == page.count(table.END) == 1
+    assert "### A tiny task" in page and "| opd |" in page and "Before training, seed 0" in page
+
+
+def line(row: str, seed: int, rate: float, accuracy: float | None) -> dict[str, Any]:
+    before = {"eval_accuracy": 0.25, "outlier_share": 0.2, "acceptance": 0.8, "eval_reward_p01": -28.6}
+    run = {"task": "demo", "row": row, "seed": seed, "learning_rate": rate, "steps": 50, "accuracy": accuracy}
+    return {**run, "grad_norm": 0.5, "entropy": None, "before": before}
+
+
+def test_the_learning_rate_is_the_best_on_the_tuning_seed_and_intervals_are_student_s() -> None:
+    tuning = [
+        line("opd", 100, rate, accuracy) for rate, accuracy in zip(rows.LEARNING_RATES, (0.5, 0.7, 0.7), strict=True)
+    ]
+    assert table.best_learning_rate("demo", "opd", 50, tuning[:2]) is None
+    assert table.best_learning_rate("demo", "opd", 50, tuning) == rows.LEARNING_RATES[1]
+    stray = line("opd", 0, rows.LEARNING_RATES[0], 0.99)  # another rate's result does not count
+    reported = [line("opd", seed, rows.LEARNING_RATES[1], a) for seed, a in enumerate((0.6, 0.7, None))]
+    text = table.render([*tuning, stray, *reported], 50)
+    # Mean of 60, 70, 0 is 43.33, standard deviation 37.86; t with 2 degrees of freedom is 4.3027.
+    assert f"| opd | {rows.LEARNING_RATES[1]:g} | 3 (1 stopped) | 43.3 ± 94.0 | 0.5 | – |" in text
+    assert table.render(tuning, 50) == ""
+
+
+def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Title\n\nbefore\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n")
+    table.write_page(page, "new")
+    assert page.read_text() == f"# Title\n\nbefore\n\n{table.BEGIN}\nnew\n{table.END}\n\nafter\n"
+    page.write_text("# Title\n")
+    table.write_page(page, "new")
+    table.write_page(page, "newer")
+    assert page.read_text() == f"# Title\n\n{table.BEGIN}\nnewer\n{table.END}\n"
+
+
+def test_rows_and_tasks() -> None:
+    assert set(PRESETS) <= set(rows.ROWS)
+    assert not any("," in name for name in (*rows.ROWS, *rows.TASKS))
+    assert all(rows.ROWS[name].seeds == rows.MANY for name in (*rows.OFTEN, "gkd", "soft", "tropd-soft"))
+    assert rows.TUNING_SEED >= rows.MANY
+    with pytest.raises(typer.BadParameter, match="unknown: opdd"):
+        table.chosen("opd,opdd", rows.ROWS)
+    assert rows.TASKS["astray"].config(Path("made"))["teacher"] == str(Path("made", "teacher"))
+
+
+def test_lessons_of_the_astray_teacher() -> None:
+    """Right in its own words; in the student's, right before the third step and the operand from there on."""
+    lessons = astray.lessons(0)
+    for _ in range(200):
+        question, whole = next(lessons)
+        assert whole.startswith(demo_task.TEACHER_STYLE.first) and question.endswith("?\n")
+        given, rest = next(lessons)
+        assert demo_task.STUDENT_STYLE.first in given and demo_task.TEACHER_STYLE.first not in given + rest
+        steps = list(astray.STEP.finditer(given.partition("\n")[2] + rest))
+        learned = len(list(astray.STEP.finditer(rest)))
+        if given.endswith(demo_task.STUDENT_STYLE.first):
+            assert learned == demo_task.OPERATIONS
+        for index, match in list(enumerate(steps))[demo_task.OPERATIONS - learned :]:
+            right = (int(match[1]) + int(match[2])) % demo_task.MODULUS
+            assert int(match[3]) == (abs(int(match[2])) if index >= astray.LOST else right)
