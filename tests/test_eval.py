@@ -294,7 +294,10 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["--data", "{data}"], ["--model missing"]),
     (["--model", "{student}", "--data", "{data}", "--metrics", "divergence"], ["--teacher"]),
     (["--model", "{student}", "--data", "{data}", "--metrics", "speed"], ["'speed'", "accuracy, divergence"]),
-    (["--model", "{student}", "--data", "{data}", "--max-response-length", "300"], ["line 1", "leaves room", "255"]),
+    (
+        ["--model", "{student}", "--data", "{data}", "--max-response-length", "300"],
+        ["line 3", "leaves room", "--max-response-length 251"],
+    ),
     (["--completions", "{data}", "--verifier", "number"], ["line 1", "'id'"]),
     (["--completions", "{data}"], ["--verifier NAME"]),
     (["--completions", "{data}", "--verifier", "code"], ["--allow-code-execution"]),

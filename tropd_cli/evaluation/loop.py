@@ -84,20 +84,20 @@ def evaluate_task(e: Evaluation, task: Task, path: Path | None, *, overwrite: bo
 
 
 def encode_prompts(pair: Pair, task: Task, chat: bool) -> list[Prompt]:
-    """Every item as token ids. Raises UserError naming the item whose prompt does not fit the model's context."""
+    """Every item as token ids. Raises UserError where the longest prompt and a response do not fit the model's context."""
     prompts = []
     for number, item in enumerate(task.items):
         row = dict(item.row)
         if chat and "messages" not in row:
             row["messages"] = [{"role": "user", "content": row.pop("prompt", "")}]
-        prompt = pair.prompt_format.encode(row, number, item.place)
-        room = pair.prompt_format.max_prompt_length - max(len(prompt.ids), len(prompt.teacher_ids))
-        if room < task.sampling.max_response_length:
-            raise UserError(
-                f"{item.place}: the prompt leaves room for {max(room, 0)} tokens in the model's context, less than "
-                f"max_response_length {task.sampling.max_response_length}. Pass --max-response-length {max(room, 1)}"
-            )
-        prompts.append(prompt)
+        prompts.append(pair.prompt_format.encode(row, number, item.place))
+    longest = max(prompts, key=lambda p: max(len(p.ids), len(p.teacher_ids)))
+    room = pair.prompt_format.max_prompt_length - max(len(longest.ids), len(longest.teacher_ids))
+    if room < task.sampling.max_response_length:
+        raise UserError(
+            f"{task.items[longest.index].place}: the prompt leaves room for {room} tokens in the model's context, less than "
+            f"max_response_length {task.sampling.max_response_length}. Pass --max-response-length {max(room, 1)}"
+        )
     return prompts
 
 

@@ -57,7 +57,7 @@ def evaluate_models(request: EvalRequest) -> None:
                     "standard input with --num-processes: workers share none. Write the rows to a file first"
                 )
             cpu = resolve_device(config.device).type == "cpu"
-            where = Path(request.output or ".")
+            where = Path(request.output or "evaluation")
             raise typer.Exit(launch(config.num_processes, sys.argv[1:], cpu=cpu, run=where))
         run_jobs(request, jobs)
 
@@ -74,6 +74,8 @@ def run_jobs(request: EvalRequest, jobs: Sequence[Job]) -> None:
     config = jobs[0].subject.config
     if config.threads:
         torch.set_num_threads(config.threads)
+    if request.model is None and not request.targets:
+        display.note("No model or run given: evaluating the built-in demo's two models on its held-out problems.")
     paths = sample_paths(request, jobs)
     if not request.output and sum(len(t.items) * t.sampling.samples for j in jobs for t in j.tasks) > 1000:
         display.note("the samples are not kept. To keep them, and to be able to continue: --output DIR")
@@ -152,8 +154,6 @@ def plan_jobs(request: EvalRequest) -> list[Job]:
 
 def demo_jobs(request: EvalRequest) -> list[Job]:
     """Nothing named: the demo's student, with its divergence from the teacher, and the teacher."""
-    if is_first():
-        Display().note("No model or run given: evaluating the built-in demo's two models on its held-out problems.")
     tasks = [
         from_benchmark(b, request.sampling, limit=request.limit, chat=request.chat) for b in load_benchmarks("demo")
     ]
