@@ -307,6 +307,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["{student}"], ["no run directory", "--model"]),
     (["--before"], ["--before needs a run"]),
     (["--table", "html"], ["'html'", "markdown, plain"]),
+    (["--set", "eval_samples=2"], ["--set eval_samples=2", "--samples"]),
     (["--set", "tmperature=1"], ["unknown option 'tmperature'", "temperature"]),
 ]
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import typer
 
-from tropd_cli import benchmarks, comparison, grading
+from tropd_cli import comparison, grading
+from tropd_cli.benchmarks import load_all
+from tropd_cli.benchmarks import prompt_hash as prompt_hash_of
 from tropd_cli.display import Display
 from tropd_cli.errors import UserError
 from tropd_cli.evaluate import EvalRequest
 
 from .printing import describe, describe_comparison
-from .tasks import WITHOUT_VOTES, build_verifier, label_of, load_benchmarks
+from .tasks import WITHOUT_VOTES, build_verifier, label_of
 
 #: Graded completions between two progress lines.
 EVERY = 1000
@@ -29,14 +31,14 @@ def grade_completions(request: EvalRequest) -> None:
     name = label_of(str(request.completions))
     chosen: Any = request.verifier
     if request.benchmark is not None:
-        found = load_benchmarks(request.benchmark)
+        found = load_all(request.benchmark)
         if len(found) > 1:
             raise UserError(f"--completions belongs to one benchmark, not to {len(found)}: --benchmark NAME")
         if found[0].file == "-" == request.completions:
             raise UserError("completions and benchmark cannot both come from standard input")
         problems = found[0].problems(request.limit)
         references = {problem.id: problem.reference for problem in problems}
-        name, prompt_hash = found[0].name, benchmarks.prompt_hash(problems)
+        name, prompt_hash = found[0].name, prompt_hash_of(problems)
         chosen = chosen or found[0].spec.verifier
     if chosen is None:
         raise UserError(

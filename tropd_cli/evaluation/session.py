@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from tropd_cli.benchmarks import Sampling
+from tropd_cli.benchmarks import Sampling, load_all
 from tropd_cli.commands import quiet_libraries
 from tropd_cli.config import Config, build_config, merge, parse_set, read_yaml
 from tropd_cli.data import read_rows
@@ -31,6 +31,16 @@ from .subject import Subject, find_adapter
 from .tasks import Task, from_benchmark, from_rows, label_of, load_benchmarks, try_references
 
 METRICS = ("accuracy", "divergence")
+#: Options of a run whose place is taken by a flag here.
+FLAGS_INSTEAD = {
+    "max_response_length": "--max-response-length",
+    "eval_samples": "--samples",
+    "eval_prompts": "--limit",
+    "verifier": "--verifier",
+    "student": "--model",
+    "teacher": "--teacher",
+    "data": "--data",
+}
 #: Prompts looked at where only a run's training prompts are there, unless --limit says otherwise.
 TRAIN_PROMPTS = 256
 
@@ -154,9 +164,7 @@ def plan_jobs(request: EvalRequest) -> list[Job]:
 
 def demo_jobs(request: EvalRequest) -> list[Job]:
     """Nothing named: the demo's student, with its divergence from the teacher, and the teacher."""
-    tasks = [
-        from_benchmark(b, request.sampling, limit=request.limit, chat=request.chat) for b in load_benchmarks("demo")
-    ]
+    tasks = [from_benchmark(b, request.sampling, limit=request.limit, chat=request.chat) for b in load_all("demo")]
     divergence = "divergence" in wanted_metrics(request, METRICS)
     student = config_of(request, {"student": "demo:student", "teacher": "demo:teacher" if divergence else None})
     teacher = config_of(request, {"student": "demo:teacher"})
@@ -235,7 +243,7 @@ def named_tasks(request: EvalRequest, sampling: Sampling, metrics: Sequence[str]
     if request.benchmark:
         tasks += [
             from_benchmark(b, request.sampling, limit=request.limit, chat=request.chat, verifier=request.verifier)
-            for b in load_benchmarks(request.benchmark)
+            for b in load_all(request.benchmark)
         ]
     if request.data:
         rows, _ = read_rows(request.data)
@@ -277,6 +285,9 @@ def config_of(request: EvalRequest, base: dict[str, Any]) -> Config:
     layers = [base, {key: value for key, value in flags.items() if value is not None}]
     for assignment in request.assignments:
         layers.append(parse_set(assignment))
+        instead = next((FLAGS_INSTEAD[key] for key in layers[-1] if key in FLAGS_INSTEAD), None)
+        if instead:
+            raise UserError(f"--set {assignment} means nothing to an evaluation. Give it as {instead}")
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = merge(merged, layer)

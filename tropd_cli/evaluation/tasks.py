@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from strategies.registry import RegistryError
-from tropd_cli import benchmarks
 from tropd_cli.benchmarks import Benchmark, Problem, Sampling, prompt_hash
 from tropd_cli.errors import UserError
 from tropd_cli.grading import Completion, check_allowed, grade_one
@@ -158,8 +157,3 @@ def label_of(source: str) -> str:
     if source == "-":
         return "stdin"
     return Path(source).name.split(".jsonl")[0] if Path(source).is_file() else source
-
-
-def load_benchmarks(text: str) -> list[Benchmark]:
-    """The benchmarks of `--benchmark`. Raises UserError."""
-    return benchmarks.load_all(text)
