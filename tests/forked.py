@@ -21,9 +21,15 @@ class Job:
     codes: list[int | None]
 
     def wait(self, seconds: float) -> list[int | None]:
-        """Waits until all have ended, and kills what has not by then (its code stays None)."""
-        end = time.monotonic() + seconds
+        """Waits until all have ended, and kills what has not by then (its code stays None).
+
+        As torchrun does: when one fails, the others get SIGTERM.
+        """
+        end, told = time.monotonic() + seconds, False
         while not self.ended() and time.monotonic() < end:
+            if not told and any(self.codes):
+                told = True
+                self.send(signal.SIGTERM)
             time.sleep(0.02)
         codes = list(self.codes)
         for pid in self.running():
