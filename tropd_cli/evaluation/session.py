@@ -28,7 +28,7 @@ from tropd_cli.run_directory import RunDirectory
 
 from .forms import emit
 from .subject import Subject, find_adapter
-from .tasks import Task, from_benchmark, from_rows, label_of, load_benchmarks, try_references
+from .tasks import Task, from_benchmark, from_rows, label_of, try_references
 
 METRICS = ("accuracy", "divergence")
 #: Options of a run whose place is taken by a flag here.
@@ -203,6 +203,7 @@ def run_job(request: EvalRequest, path: Path) -> Job:
     metrics = wanted_metrics(request, default)
     divergence = "divergence" in metrics
     changes: dict[str, Any] = {"teacher": (request.teacher or stored.teacher) if divergence else None}
+    changes |= {"num_processes": 1, "log_with": []}  # how it was trained says nothing about how to evaluate it
     if request.teacher:
         changes["teacher_revision"] = None
     adapter = None
@@ -260,6 +261,8 @@ def named_tasks(request: EvalRequest, sampling: Sampling, metrics: Sequence[str]
             raise UserError(
                 f"{request.data} has no `answer`, so there is no accuracy. Add answers, or measure divergences: --teacher T"
             )
+        if task.name in [other.name for other in tasks]:
+            raise UserError(f"--data {request.data} would be called '{task.name}' like the benchmark. Rename the file")
         tasks.append(task)
     return tasks
 
