@@ -13,7 +13,7 @@ import typer
 from tropd_cli.demo import task as demo_task
 from tropd_cli.presets import PRESETS
 
-from .benchmarks import astray, rows, table
+from .benchmarks import astray, collapse, rows, table
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def test_every_run_is_one_line_and_none_is_repeated(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(table, "execute", None)
     assert run("0,1") == second
     page = files["page"].read_text()
-    assert page.count(table.BEGIN) == page.count(table.END) == 1
+    assert all(page.count(marker) == 1 for marker in table.markers("table"))
     assert "### A tiny task" in page and "| opd |" in page and "Before training, seed 0" in page
 
 
 def line(row: str, seed: int, rate: float, accuracy: float | None) -> dict[str, Any]:
-    before = {"eval_accuracy": 0.25, "outlier_share": 0.2, "acceptance": 0.8, "eval_reward_p01": -28.6}
+    before = {"eval_accuracy": 0.25, "outlier_share": 0.2, "eval_acceptance": 0.8, "eval_reward_p01": -28.6}
     run = {"task": "demo", "row": row, "seed": seed, "learning_rate": rate, "steps": 50, "accuracy": accuracy}
     return {**run, "grad_norm": 0.5, "entropy": None, "before": before}
 
@@ -76,14 +76,14 @@ def test_the_learning_rate_is_the_best_on_the_tuning_seed_and_intervals_are_stud
 
 
 def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"# Title\n\nbefore\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n")
-    table.write_page(page, "new")
-    assert page.read_text() == f"# Title\n\nbefore\n\n{table.BEGIN}\nnew\n{table.END}\n\nafter\n"
+    page, (begin, end) = tmp_path / "page.md", table.markers("table")
+    page.write_text(f"# Title\n\nbefore\n\n{begin}\nold\n{end}\n\nafter\n")
+    table.write_page(page, "table", "new")
+    assert page.read_text() == f"# Title\n\nbefore\n\n{begin}\nnew\n{end}\n\nafter\n"
     page.write_text("# Title\n")
-    table.write_page(page, "new")
-    table.write_page(page, "newer")
-    assert page.read_text() == f"# Title\n\n{table.BEGIN}\nnewer\n{table.END}\n"
+    table.write_page(page, "table", "new")
+    table.write_page(page, "table", "newer")
+    assert page.read_text() == f"# Title\n\n{begin}\nnewer\n{end}\n"
 
 
 def test_rows_and_tasks() -> None:
@@ -111,3 +111,30 @@ def test_lessons_of_the_astray_teacher() -> None:
         for index, match in list(enumerate(steps))[demo_task.OPERATIONS - learned :]:
             right = (int(match[1]) + int(match[2])) % demo_task.MODULUS
             assert int(match[3]) == (abs(int(match[2])) if index >= astray.LOST else right)
+
+
+def test_the_astray_teacher_is_checked() -> None:
+    good = {
+        "teacher_sampled_accuracy": 0.9,
+        "right_on_student_text_first_steps": 0.8,
+        "right_on_student_text_later_steps": 0.02,
+        "probability_of_its_result_later_steps": 0.95,
+    }
+    astray.check(good)
+    with pytest.raises(SystemExit, match="the teacher is not wrong later"):
+        astray.check(good | {"right_on_student_text_later_steps": 0.5})
+
+
+def test_collapse_page_has_a_line_per_run_and_one_for_the_start() -> None:
+    numbers = dict(zip(collapse.COLUMNS, (0.25, 0.8034, 1.865, 0.115, 48.06, 0.004), strict=True))
+    runs = [
+        {"row": row, "seed": seed, "before": numbers, "after": numbers | {"eval_accuracy": 0.9}, "grad_norm": 0.15}
+        for row, seed in (("fkl-as-reward", 0), ("fkl", 1), ("fkl", 0))
+    ]
+    before, *after = collapse.table(runs).splitlines()[2:]
+    assert before == "| (before training) | 0 | 25.0 | 0.803 | 1.865 | 0.115 | 48.1 | 0 % | – |"
+    assert [x.split("|")[1:4] for x in after] == [
+        [" differentiated ", " 0 ", " 90.0 "],
+        [" differentiated ", " 1 ", " 90.0 "],
+        [" as a reward ", " 0 ", " 90.0 "],
+    ]

@@ -139,7 +139,22 @@ def main(out: Path) -> None:
     tokenizer, teacher, student = make.new_tokenizer(), load(demo.TEACHER), load(demo.STUDENT).eval()
     make.fine_tune(teacher, tokenizer, lessons(DATA_SEED), LEARN_NONSENSE)
     teacher = make.save(teacher, tokenizer, out / "teacher")
-    print(json.dumps(measure(teacher, student, tokenizer), indent=2))
+    measured = measure(teacher, student, tokenizer)
+    print(json.dumps(measured, indent=2))
+    check(measured)
+
+
+def check(measured: dict[str, float]) -> None:
+    """Raise SystemExit unless the teacher is what the task needs."""
+    wanted = {
+        "able in its own words": measured["teacher_sampled_accuracy"] >= 0.5,
+        "a guide at first": measured["right_on_student_text_first_steps"] >= 0.5,
+        "wrong later": measured["right_on_student_text_later_steps"] <= 0.2,
+        "and sure of it": measured["probability_of_its_result_later_steps"] >= 0.7,
+    }
+    missing = [name for name, holds in wanted.items() if not holds]
+    if missing:
+        raise SystemExit(f"the teacher is not {', '.join(missing)}")
 
 
 if __name__ == "__main__":

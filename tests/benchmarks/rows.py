@@ -66,6 +66,7 @@ ROWS = {
         Row("clip-acceptance", _layer(_trust_region("clip")), MANY),
         Row("tropd-soft", _layer(_trust_region("forward-kl", "soft"), guidance=True), MANY),
         Row("soft", _layer(_trust_region("forward-kl", "soft")), MANY),
+        Row("fkl-as-reward", _layer({"name": "fkl", "as_reward": True})),
         Row("gkd", _layer({"name": "gkd"}), MANY),
         Row("opd-plus", _layer({"name": "opd-plus"})),
         Row("top-d", _layer({"name": "top-d"})),

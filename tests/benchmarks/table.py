@@ -20,7 +20,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +38,10 @@ from tropd_cli.statistics import student_quantile
 from .rows import LEARNING_RATES, ROWS, TASKS, TUNING_SEED, Row, Task
 
 DOCS = Path(__file__).parents[2] / "docs"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+HELD_OUT = tuple(
+    f"eval_{name}"
+    for name in "accuracy reverse_kl forward_kl acceptance reward_p01 entropy response_length truncated_share".split()
+)
 LAST = 10  #: steps over which gradient norm and entropy are averaged
 NOT_KEPT = ("student", "teacher", "reference", "data", "eval_data", "output", "seed", "plugin")
 
@@ -74,22 +77,27 @@ def execute(run: Run, models: Path) -> Result:
             distill(DistillRequest(flags=layers))
     except UserError as error:
         problem = str(error)
-    directory = RunDirectory(folder / "run")
-    rows = directory.rows()
-    config = read_yaml(str(directory.config)) if directory.config.is_file() else {}
+    result = summary(run, RunDirectory(folder / "run"), time.monotonic() - started, problem)
     shutil.rmtree(folder)
+    return result
+
+
+def summary(run: Run, directory: RunDirectory, seconds: float, problem: str | None) -> Result:
+    """The line of a finished run. Raises UserError when it never began."""
+    rows = directory.rows()
     if not rows:
         raise UserError(f"{run}: {problem}")
+    first, last = rows[0], rows[-1]
+    config = read_yaml(str(directory.config))
     return {
         **vars(run),
-        "accuracy": None if problem else rows[-1]["eval_accuracy"],
+        "accuracy": None if problem else last["eval_accuracy"],
         "grad_norm": _mean_of(rows[1:][-LAST:], "grad_norm"),
         "entropy": _mean_of(rows[1:][-LAST:], "entropy"),
-        "skipped_steps": rows[-1].get("skipped_steps", 0),
-        "before": {
-            key: rows[0].get(key) for key in ("eval_accuracy", "outlier_share", "acceptance", "eval_reward_p01")
-        },
-        "seconds": round(time.monotonic() - started, 1),
+        "skipped_steps": last.get("skipped_steps", 0),
+        "before": {key: first.get(key) for key in ("outlier_share", *HELD_OUT)},
+        "after": {key: last.get(key) for key in HELD_OUT},
+        "seconds": round(seconds, 1),
         "problem": problem,
         "config": {key: value for key, value in config.items() if key not in NOT_KEPT},
     }
@@ -145,7 +153,7 @@ def _before(reported: list[Result]) -> str:
     before = reported[0]["before"]
     return (
         f"Before training, seed {reported[0]['seed']}: accuracy {_percent(before['eval_accuracy'])} %, outlier share "
-        f"{_percent(before['outlier_share'])} %, acceptance {_percent(before['acceptance'])} %, lowest 1 % of R "
+        f"{_percent(before['outlier_share'])} %, acceptance {_percent(before['eval_acceptance'])} %, lowest 1 % of R "
         f"{_number(before['eval_reward_p01'], '.1f')} nats."
     )
 
@@ -185,14 +193,30 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def write_page(page: Path, text: str) -> None:
-    """Replaces what stands between the two markers; adds them at the end of a page that has none."""
+def markers(section: str) -> tuple[str, str]:
+    """The comments around a generated part of the page."""
+    return f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
+
+
+def write_page(page: Path, section: str, text: str) -> None:
+    """Replaces what stands between the two markers of a section; adds them at the end of a page that has none."""
+    begin, end = markers(section)
     old = page.read_text(encoding="utf-8") if page.is_file() else "# Benchmarks\n"
-    before, found, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2] if found else ""
+    before, found, rest = old.partition(begin)
+    after = rest.partition(end)[2] if found else ""
     if not found:
         before = before.rstrip() + "\n\n"
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after or chr(10)}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after or chr(10)}", encoding="utf-8")
+
+
+def run_missing(runs: Iterable[Run], done: list[Result], models: Path, file: Path) -> None:
+    """Runs what `done` lacks, adding each to it and to the file as soon as it is finished."""
+    for run in runs:
+        if not run.is_in(done):
+            typer.echo(f"{run}", err=True)
+            done.append(execute(run, models))
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(done[-1]) + "\n")
 
 
 # ── command ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -225,14 +249,8 @@ def main(
     done = read_json_lines(results)
     picked = chosen(tasks, TASKS), chosen(rows, ROWS)
     if not only_render:
-        for run in wanted(*picked, numbers, steps, done):
-            if run.is_in(done):
-                continue
-            typer.echo(f"{run}", err=True)
-            done.append(execute(run, models))
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done[-1]) + "\n")
-    write_page(page, render(done, steps))
+        run_missing(wanted(*picked, numbers, steps, done), done, models, results)
+    write_page(page, "table", render(done, steps))
     typer.echo(str(page))
 
 
