@@ -36,7 +36,9 @@ def flat_batch(count: int, vocabulary: int) -> TokenBatch:
     return TokenBatch(0, inputs, index, inputs, index, tokens, zeros.bool(), zeros, index, zeros, zeros)
 
 
-def stages(count: int, vocabulary: int, hidden_size: int, strategy_name: str) -> tuple[Callable[[], None], Callable[[], None]]:
+def stages(
+    count: int, vocabulary: int, hidden_size: int, strategy_name: str
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """(score and update from given hidden states, the four bare products)."""
     torch.manual_seed(0)
     hidden, teacher_hidden = torch.randn(count, hidden_size), torch.randn(count, hidden_size)
