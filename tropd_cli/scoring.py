@@ -106,7 +106,7 @@ def score_teacher(teacher: LanguageModel, batch: TokenBatch, needs: Needs, optio
         if needs.teacher_entropy:
             keep("teacher_entropy", (normaliser - probability.mul_(logits).sum(-1, keepdim=True) / mass).squeeze(1))
         if options.rank:
-            keep("teacher_rank", (logits > sampled).sum(-1))
+            keep("teacher_rank", (logits > sampled).sum(-1, dtype=torch.int32))  # int64 would double the chunk
         if k:
             if forbidden is not None:
                 logits.masked_fill_(forbidden, -torch.inf)
