@@ -1,0 +1,176 @@
+"""The launcher and its workers: one message, signals passed on, a dead or hung worker named, torn files cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+
+from tropd_cli import launch, processes
+from tropd_cli.errors import UserError
+from tropd_cli.prefixes import TeacherPrefixes
+from tropd_cli.processes import JOB, Watch, may_speak, one_voice
+from tropd_cli.run_directory import RunDirectory, cut_torn_line
+
+from .test_distill import arguments, metrics
+
+
+def start_job(args: list[str], folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from tropd_cli.main import run; run()", *args]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    out, err = (folder / "stdout").open("w"), (folder / "stderr").open("w")
+    return subprocess.Popen(command, env=environment, text=True, stdout=out, stderr=err)
+
+
+def wait_for_lines(run: Path, count: int, job: subprocess.Popen[str]) -> None:
+    while job.poll() is None and (not (run / "metrics.jsonl").is_file() or len(metrics(run)) < count):
+        time.sleep(0.05)
+
+
+def test_sigterm_to_the_launcher_saves_and_exits_130(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = start_job(arguments(tiny_pair, run, num_processes=2, steps=5000, prompts_per_step=2), tmp_path)
+    wait_for_lines(run, 3, job)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(300) == 130
+    said = (tmp_path / "stderr").read_text()
+    assert said.count(f"interrupted; everything is saved. Continue with: tropd distill --resume {run}") == 1
+    assert "Traceback" not in said and said.count("step 1/5000") == 1
+    assert (run / "checkpoints" / f"step-{metrics(run)[-1]['step']:06d}").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_hung_worker_ends_the_job(tiny_pair: dict[str, Path], tmp_path: Path, number: int) -> None:
+    run = tmp_path / "run"
+    options = {"num_processes": 2, "steps": 5000, "prompts_per_step": 2, "checkpoint_every": 1, "hang_timeout": 20.0}
+    job = start_job(arguments(tiny_pair, run, **options), tmp_path)
+    wait_for_lines(run, 3, job)
+    pid = json.loads((run / "processes" / "process-1.json").read_text())["pid"]
+    os.kill(pid, number)
+    assert job.wait(60) == 1
+    said = (tmp_path / "stderr").read_text()
+    wanted = "was killed by SIGKILL" if number == signal.SIGKILL else "gave no sign of life for 20 seconds"
+    assert f"process 1 (pid {pid}" in said and wanted in said and f"--resume {run}" in said
+    assert said.count("error:") == 1 and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_problem_of_all_workers_is_said_once(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
+    pair = tiny_pair | {"student": tmp_path / "nothing"}
+    job = start_job(arguments(pair, tmp_path / "run", num_processes=2), tmp_path)
+    assert job.wait(300) == 1
+    said = (tmp_path / "stderr").read_text()
+    assert said.count("error:") == 1 and "Traceback" not in said
+
+
+# ── one voice ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_only_the_first_worker_that_fails_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(JOB, str(tmp_path))
+    with pytest.raises(UserError), one_voice():
+        raise UserError("the reason")
+    with pytest.raises(typer.Exit), one_voice():
+        raise UserError("the reason")
+    with pytest.raises(typer.Exit), one_voice():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+
+def test_under_another_launcher_the_loss_of_a_peer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv(JOB, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    with pytest.raises(UserError, match="lost contact"), one_voice():
+        raise RuntimeError("Connection reset by peer")
+    assert not may_speak()
+
+
+def failure(code: int) -> Any:
+    return SimpleNamespace(exitcode=code, pid=4711)
+
+
+@pytest.mark.parametrize(
+    ("codes", "interrupted", "code", "said"),
+    [
+        ({0: 130, 1: -15}, True, 130, ""),
+        ({0: -15, 1: -15}, True, 130, ""),
+        ({0: -15, 1: -9}, False, 1, "process 1 (pid 4711) was killed by SIGKILL (often by the system, out of memory)"),
+        ({0: -11}, False, 1, "process 0 (pid 4711) was killed by SIGSEGV"),
+        ({0: 1, 1: 1}, False, 1, "lost contact with each other"),
+    ],
+)
+def test_exit_code_and_message_of_a_failed_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], codes: dict[int, int], interrupted: bool, code: int, said: str
+) -> None:
+    failures = {rank: failure(number) for rank, number in codes.items()}
+    assert launch.exit_code(failures, tmp_path, tmp_path, interrupted=interrupted) == code
+    assert said in capsys.readouterr().err
+    (tmp_path / "message").touch()
+    launch.exit_code(failures, tmp_path, tmp_path, interrupted=interrupted)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_process_that_is_behind_is_the_hung_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(JOB, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    ended: list[Any] = []
+    monkeypatch.setattr(processes.os, "_exit", ended.append)
+    monkeypatch.setattr(processes.os, "kill", lambda *args: ended.append(args))
+    watches = [Watch(tmp_path, rank, 2, timeout=30.0, advice="Go on") for rank in (0, 1)]
+    watches[0].beat("sampling step 3")
+    watches[0].beat("scoring step 3")
+    watches[1].beat("sampling step 3")
+    signs = {rank: json.loads((tmp_path / f"process-{rank}.json").read_text()) for rank in (0, 1)}
+    watches[0]._end(signs)
+    assert ended == [(os.getpid(), signal.SIGKILL), 1]
+    said = capsys.readouterr().err
+    assert "process 1 (pid" in said and "no sign of life for 30 seconds; it was sampling step 3" in said
+
+
+# ── torn files ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_torn_last_line_is_cut_before_lines_are_added(tmp_path: Path) -> None:
+    path = tmp_path / "process-0.jsonl"
+    path.write_bytes(b'{"prompt": 1, "ids": [5, 1]}\n{"prompt": 2, "ids": [7, ')
+    requests: list[Any] = []
+
+    def write(asked: list[Any]) -> list[list[int]]:
+        requests.extend(asked)
+        return [[9, 1] for _ in asked]
+
+    def cache() -> TeacherPrefixes:
+        return TeacherPrefixes(tmp_path, write, tokenizer=None, vocabulary=None, seed=0, rule="min", rank=0)  # type: ignore[arg-type]
+
+    prompts: list[Any] = [SimpleNamespace(index=i, response=None, teacher_ids=[3]) for i in (1, 2)]
+    assert cache().responses(prompts, 8) == [[5, 1], [9, 1]]
+    assert len(requests) == 1
+    assert [json.loads(line)["prompt"] for line in path.read_text().splitlines()] == [1, 2]
+    assert cache().responses(prompts, 8) == [[5, 1], [9, 1]] and len(requests) == 1
+
+
+def test_cutting_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    for content, kept in ((b"", b""), (b"a\nb\n", b"a\nb\n"), (b"a\nb", b"a\n"), (b"b", b"")):
+        path.write_bytes(content)
+        cut_torn_line(path)
+        assert path.read_bytes() == kept
+    cut_torn_line(tmp_path / "nothing")
+
+
+def test_a_run_that_died_before_its_configuration_was_written_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.tmp").write_text("stu")
+    RunDirectory(tmp_path).refuse_existing(overwrite=False)
