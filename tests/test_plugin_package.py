@@ -75,7 +75,7 @@ for name, arguments in json.load(sys.stdin).items():
     result = CliRunner().invoke(app, arguments)
     imported = sorted(module for module in sys.modules if module.startswith("my_package"))
     answers[name] = [result.exit_code, result.stdout, result.stderr, imported]
-for power in (0.0, 0.5, 2.0):
+for power in (0.0, 2.0):
     check_contract(STRATEGIES.build({"name": "square", "power": power}))
 check_contract(STRATEGIES.build({"name": "trust-region", "outlier": "half"}))
 print(json.dumps(answers))
