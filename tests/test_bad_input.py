@@ -82,6 +82,38 @@ def test_the_same_tokenizer_with_another_padded_vocabulary_is_fine(good: list[st
     invoke(*swap(good, "--teacher", str(tmp_path / "teacher")))
 
 
+def test_a_smaller_padded_vocabulary_of_the_teacher_is_fine_too(good: list[str], tmp_path: Path) -> None:
+    tiny_model("llama", seed=0, vocabulary=72).model.save_pretrained(tmp_path / "student")
+    tiny_tokenizer().save_pretrained(tmp_path / "student")
+    invoke(*swap(good, "--student", str(tmp_path / "student")))
+
+
+def test_a_model_without_its_head_is_refused(good: list[str], tmp_path: Path) -> None:
+    tiny_model("llama", seed=5).model.model.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    refused(
+        *swap(good, "--teacher", str(tmp_path / "teacher")), says=("no whole causal language model", "lm_head.weight")
+    )
+
+
+def test_truncated_weights_are_refused(good: list[str], tmp_path: Path) -> None:
+    tiny_model("llama", seed=5).model.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(*swap(good, "--teacher", str(tmp_path / "teacher")), says=("teacher folder", "does not load"))
+
+
+def test_a_prompt_token_the_teacher_does_not_know(good: list[str], tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>"], special_tokens=True)
+    tiny_model("llama", vocabulary=72).model.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "w1 <think> w2"}\n')
+    args = swap(swap(good, "--student", str(tmp_path / "student")), "--data", str(tmp_path / "data.jsonl"))
+    refused(*args, says=("line 1", "'<think>' (61)", "--teacher-chat-template own"))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -135,7 +167,9 @@ def test_prompts_on_standard_input(good: list[str], tmp_path: Path) -> None:
         (["--set", "learning_rate=-1"], ("'learning_rate' is -1", "greater than 0")),
         (["--temperature", "0"], ("'temperature' is 0.0",)),
         (["--set", "guidance.length=max"], ("guidance.length", "'uniform' or 'min'")),
-        (["--set", "optimizer.betas=[0.9]"], ("optimizer.betas", "two numbers")),
+        (["--set", "optimizer.betas=[0.9]"], ("optimizer.betas", "at least 2 items")),
+        (["--set", "learning_rate=.inf"], ("learning_rate", "finite")),
+        (["--set", "device=gpu"], ("'gpu'", "auto, cpu")),
         (["--set", "steps=many"], ("'steps' is 'many'",)),
         (["--set", "max_response_length=400"], ("416 tokens", "context of 256")),
         (["--set", "verifier=maths"], ("maths", "math")),

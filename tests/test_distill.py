@@ -106,7 +106,10 @@ def test_metrics_agree_with_the_recorded_tokens(tiny_pair: dict[str, Path], tmp_
 def test_resume_after_sigterm_is_bit_identical(
     tiny_pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: int
 ) -> None:
-    options = {"steps": 20, "checkpoint_every": 7, "log_with": ["tensorboard"], "eval_data": str(tiny_pair["data"])}
+    rows = [json.loads(line) for line in tiny_pair["data"].read_text().splitlines()]
+    heldout = tmp_path / "heldout.jsonl"  # without answers the best student is the one of the least reverse KL
+    heldout.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    options = {"steps": 20, "checkpoint_every": 7, "log_with": ["tensorboard"], "eval_data": str(heldout)}
     options |= {"eval_every": 5, "keep_best": True, "lora_rank": lora}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     invoke(*arguments(tiny_pair, whole, **options))
@@ -132,6 +135,25 @@ def test_resume_after_sigterm_is_bit_identical(
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     for path in sorted((whole / "rollouts").iterdir()):
         assert path.read_bytes() == (parts / "rollouts" / path.name).read_bytes()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    tiny_pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = train.finish_step
+    monkeypatch.setattr(train, "finish_step", lambda t, row: (finish(t, row), os.kill(os.getpid(), signal.SIGINT)))
+    result = invoke(*arguments(tiny_pair, tmp_path / "run"), code=130)
+    assert "interrupted; everything is saved" in result.stderr and "--resume" in result.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
+
+
+def test_more_steps_on_resume_are_kept_for_the_next_resume(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    invoke(*arguments(tiny_pair, run, steps=1))
+    invoke("distill", "--resume", str(run), "--steps", "3")
+    assert "steps: 3" in (run / "config.yaml").read_text()
+    invoke("distill", "--resume", str(run))
+    assert metrics(run)[-1]["step"] == 3
 
 
 def test_a_damaged_checkpoint_is_passed_over(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
@@ -168,6 +190,9 @@ def test_lora_with_merge_saves_both_and_they_agree(tiny_pair: dict[str, Path], t
     merged = AutoModelForCausalLM.from_pretrained(run / "student-merged")(ids).logits
     torch.testing.assert_close(adapted, merged, atol=1e-4, rtol=1e-4)
     assert (adapted - before).abs().max() > 1e-2
+    start = load_file(tiny_pair["student"] / "model.safetensors")
+    untouched = AutoModelForCausalLM.from_pretrained(run / "student-merged").state_dict()
+    assert torch.equal(start["model.embed_tokens.weight"], untouched["model.embed_tokens.weight"])
 
 
 def test_several_updates_on_one_rollout(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
@@ -200,14 +225,46 @@ def test_ten_non_finite_steps_in_a_row_stop_the_run(
     assert all(torch.isfinite(value).all() for value in first.values())
 
 
-def test_a_poisoned_teacher_skips_steps_and_keeps_the_weights(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
+def test_a_damaged_teacher_is_refused_by_name(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
     teacher = tiny_model("llama", seed=5)
     teacher.model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
     teacher.model.save_pretrained(tmp_path / "teacher")
     tiny_tokenizer().save_pretrained(tmp_path / "teacher")
     pair = tiny_pair | {"teacher": tmp_path / "teacher"}
     result = invoke(*arguments(pair, tmp_path / "run"), code=1)
-    assert "not finite" in result.stderr or "non-finite" in result.stderr
+    assert str(tmp_path / "teacher") in result.stderr and "not finite on plain text" in result.stderr
+
+
+NAN_ONCE = """
+from dataclasses import dataclass
+import torch
+from strategies import STRATEGIES, Credit, Needs
+
+@STRATEGIES.register("nan-once")
+@dataclass(frozen=True)
+class NanOnce:
+    scope = "token"
+    ratio_clip = None
+    paper = ""
+    needs = Needs(teacher_logprob=True)
+
+    def credit(self, signals):
+        reward = signals.teacher_logprob - signals.student_logprob
+        return Credit(reward * torch.nan if signals.progress == 0.25 else reward)
+"""
+
+
+def test_a_nan_gradient_skips_its_step_alone(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "rule.py").write_text(NAN_ONCE)
+    args = arguments(tiny_pair, tmp_path / "run", strategy={"name": "nan-once"}, checkpoint_every=1, keep_checkpoints=4)
+    start = next(i for i, a in enumerate(args) if a.startswith("strategy.outlier")) - 1
+    invoke(*args[:start], *args[start + 2 :], "--plugin", str(tmp_path / "rule.py"))
+    rows = metrics(tmp_path / "run")
+    assert [row["skipped_steps"] for row in rows[1:]] == [0, 1, 1, 1]
+    assert rows[2]["loss"] is None and rows[2]["grad_norm"] is None and rows[3]["grad_norm"] > 0
+    weights = [load_file(tmp_path / f"run/checkpoints/step-00000{i}/student.safetensors") for i in (1, 2, 3)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not all(torch.equal(weights[1][k], weights[2][k]) for k in weights[0])
 
 
 def test_a_full_disk_costs_the_checkpoint_not_the_run(
@@ -246,7 +303,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
 def test_teacher_equal_to_student_is_said(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
     pair = tiny_pair | {"teacher": tiny_pair["student"]}
     result = invoke(*arguments(pair, tmp_path / "run", steps=1))
-    assert "there will be no signal" in result.stderr and "agree on every token" in result.stderr
+    assert "there will be no signal" in result.stderr and "agree before training" in result.stderr
     assert metrics(tmp_path / "run")[0]["acceptance"] == pytest.approx(1.0, abs=1e-4)
 
 

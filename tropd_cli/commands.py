@@ -68,10 +68,6 @@ def resolve(request: DistillRequest) -> tuple[Config, bool]:
         )
     layers.append(typed)
     config = build_config(*layers)
-    if len(config.optimizer.betas) != 2 or not all(0.0 <= b < 1.0 for b in config.optimizer.betas):
-        raise UserError(
-            f"option 'optimizer.betas' is {config.optimizer.betas}: it must be two numbers from 0 to below 1"
-        )
     return config, len(missing) == 3
 
 
@@ -85,6 +81,11 @@ def distill(request: DistillRequest) -> None:
 
 def _distill(request: DistillRequest) -> None:
     if request.resume:
+        unused = [f"--{n}" for n in ("config", "preset", "overwrite") if getattr(request, n)]
+        if unused:
+            raise UserError(
+                f"{unused[0]} does not go with --resume, which takes a run's own options. Leave it out, or start a new run"
+            )
         run = RunDirectory(Path(request.resume))
         changes = request.flags
         for assignment in request.assignments:
@@ -128,6 +129,7 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
         torch.set_num_threads(config.threads)
     quiet_libraries()
     from .launch import make_accelerator
+    from .memory import is_out_of_memory, out_of_memory
     from .session import Training
     from .train import Interrupted
     from .train import distill as run_training
@@ -150,15 +152,25 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
     run = RunDirectory(Path(gather_object([str(run.path)])[0]))
     config = config.model_copy(update={"output": str(run.path)})
     training = Training(config, run, display, accelerator)
-    if not request.resume and accelerator.is_main_process:
-        run.create(config, overwrite=request.overwrite, prompts=training.standard_input)
+    if accelerator.is_main_process:
+        if request.resume:
+            run.write_config(config)
+        else:
+            run.create(pinned(config), overwrite=request.overwrite, prompts=training.standard_input)
     accelerator.wait_for_everyone()
     if config.log_with:
+        missing = set(config.log_with) - {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
+        if missing:
+            raise UserError(f"log_with '{min(missing)}' is not installed. Install it: pip install 'tropd[log]'")
         accelerator.init_trackers(
             "tropd", {k: v for k, v in config.model_dump().items() if isinstance(v, (int, float, str))}
         )
     try:
         metrics, first = run_training(training, resume=bool(request.resume))
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError(out_of_memory(error)) from error
+        raise
     except Interrupted:
         if is_worker():  # one that ends first makes the launcher end the others: let them finish what is left
             for number in (signal.SIGINT, signal.SIGTERM):

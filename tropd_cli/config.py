@@ -19,7 +19,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """Unknown keys are errors; values are not coerced from text."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Guidance(Section):
@@ -33,7 +33,7 @@ class Guidance(Section):
 class Optimizer(Section):
     """AdamW. The paper states only the learning rate and that it is constant; the rest is our choice."""
 
-    betas: list[float] = [0.9, 0.95]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -171,7 +171,7 @@ class _Job:
             if value is not None:
                 tensors[name] = value[where].to(dtype)
         if scores.teacher_full is not None and self.request.needs.full_distribution:
-            tensors["teacher_logprobs"] = scores.teacher_full(where).to(dtype)
+            tensors["teacher_logprobs"] = scores.teacher_full(where).to(current["student_logprob"])
         if self.request.uniforms is not None:
             tensors["uniform"] = self.request.uniforms[where]
         return Signals(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .demo import task
@@ -45,6 +46,7 @@ class PromptFormat:
         teacher_template: None: the teacher sees the student's tokens; "own": its own chat template; else a template's text.
         template_arguments: passed to both chat templates (`enable_thinking: false`).
         max_prompt_length: longest prompt in tokens, for either model.
+        shared: [V of the student] bool, ids both models know. teacher_vocabulary: number of the teacher's ids.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,10 +54,12 @@ class PromptFormat:
     max_prompt_length: int
     teacher_template: str | None = None
     template_arguments: dict[str, Any] = field(default_factory=dict)
+    shared: Tensor | None = None
+    teacher_vocabulary: int | None = None
 
     def encode(self, row: dict[str, Any], index: int, where: str) -> Prompt:
         """One row -> Prompt. Raises UserError naming `where`."""
-        if "messages" in row:
+        if row.get("messages") is not None:
             text, ids = self._chat(row["messages"], self.tokenizer, None, where)
             teacher_ids = ids
             if self.teacher_template is not None:
@@ -77,10 +81,23 @@ class PromptFormat:
                 )
         if not ids or not teacher_ids:
             raise UserError(f"{where}: the prompt has no tokens")
+        self._check_ids(ids, teacher_ids, where)
         response = row.get("response")
         if response is not None and not isinstance(response, str):
             raise UserError(f"{where}: `response` is {type(response).__name__}, it must be text")
         return Prompt(index, text, list(ids), list(teacher_ids), response, row.get("answer"))
+
+    def _check_ids(self, ids: list[int], teacher_ids: list[int], where: str) -> None:
+        """Raises UserError for a token that one of the models does not know."""
+        if self.shared is not None and self.teacher_template is None:
+            alien = [i for i in ids if i >= len(self.shared) or not self.shared[i]]
+        else:
+            alien = [i for i in teacher_ids if self.teacher_vocabulary is not None and i >= self.teacher_vocabulary]
+        if alien:
+            raise UserError(
+                f"{where}: the prompt has the token {self.tokenizer.convert_ids_to_tokens(alien[0])!r} ({alien[0]}), which "
+                "student and teacher do not share. If the chat templates differ: --teacher-chat-template own"
+            )
 
     def _chat(
         self, messages: Any, tokenizer: PreTrainedTokenizerBase, template: str | None, where: str
@@ -102,7 +119,7 @@ class PromptFormat:
 def read_rows(
     source: str, *, skip_bad_rows: bool = False, text: str | None = None
 ) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-    """Rows of a JSONL file, of standard input (`-`, or its `text` where it has been read) or of a hub data set (`owner/name` or `owner/name:split`).
+    """Rows of a JSONL file, of standard input (`-`, or its `text` where it has been read) or of a hub data set (`owner/name[:split]`).
 
     Returns:
         ([("file, line 3", row), ...], problems skipped). Blank lines are passed over.

@@ -5,6 +5,9 @@ Axes: N response tokens, c tokens of a chunk, V vocabulary. Units: nats.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,7 +21,7 @@ from .scoring import chunk_slices, response_hidden
 @torch.no_grad()
 def token_divergences(
     student: LanguageModel, teacher: LanguageModel, batch: TokenBatch, *, temperature: float = 1.0,
-    chunk_tokens: int | None = None,
+    chunk_tokens: int | None = None, student_context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Per response token [N]: `reverse_kl` KL(q || p), `forward_kl` KL(p || q), `acceptance` sum min(p, q) = 1 - TV,
     `agreement` whether both prefer the same token, `student_entropy`, `teacher_entropy`, `student_logprob`,
@@ -27,12 +30,15 @@ def token_divergences(
     Where the padded vocabularies differ, the surplus ids of the larger one count as impossible for the other only if
     they carry mass; they are compared on the smaller width.
     """
-    hidden = response_hidden(student, batch.inputs, batch.predicts)
-    teacher_hidden = response_hidden(teacher, batch.teacher_inputs, batch.teacher_predicts)
+    with student_context():
+        hidden = response_hidden(student, batch.inputs, batch.predicts)
+    elsewhere = batch.to(teacher.device)
+    teacher_hidden = response_hidden(teacher, elsewhere.teacher_inputs, elsewhere.teacher_predicts)
     width = min(student.vocabulary, teacher.vocabulary)
     parts: dict[str, list[Tensor]] = {}
     for where in chunk_slices(len(batch), max(student.vocabulary, teacher.vocabulary), hidden.device, chunk_tokens):
-        q = (student.head(hidden[where]) / temperature).log_softmax(-1)[:, :width]
+        with student_context():
+            q = (student.head(hidden[where]) / temperature).log_softmax(-1)[:, :width]
         p = (teacher.head(teacher_hidden[where]) / temperature).log_softmax(-1)[:, :width].to(q.device)
         tokens = batch.token_ids[where].unsqueeze(1)
         values = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,38 +17,27 @@ def save_student(pair: Pair, config: Config, folder: Path, metrics: dict[str, An
 
     Written aside and renamed, so that a folder of this name is always complete.
     """
+    _write(pair, pair.student.model, folder, model_card(config, metrics))
+    if config.lora_rank and config.merge:
+        # Merging in place and back would round the frozen weights: a copy is merged.
+        merged = copy.deepcopy(pair.student.model).merge_and_unload()
+        _write(pair, merged, folder.with_name(f"{folder.name}-merged"), model_card(config, metrics))
+
+
+def _write(pair: Pair, model: Any, folder: Path, card: str) -> None:
+    """Aside, then renamed."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    _save(pair, pair.student.model, temporary)
-    (temporary / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
+    _save(pair, model, temporary)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    if config.lora_rank and config.merge:
-        merged = folder.with_name(f"{folder.name}-merged")
-        shutil.rmtree(merged, ignore_errors=True)
-        # Merging changes the weights in place: it is undone, since training may go on.
-        pair.student.model.merge_adapter()
-        try:
-            base = pair.student.base
-            state = {
-                name.replace(".base_layer", ""): value
-                for name, value in base.state_dict().items()
-                if ".lora_" not in name
-            }
-            base.save_pretrained(merged, state_dict=state)
-        finally:
-            pair.student.model.unmerge_adapter()
-        pair.tokenizer.save_pretrained(merged)
-        (merged / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
 
 
 def _save(pair: Pair, model: Any, folder: Path) -> None:
-    stripped = pair.student.base.generation_config
-    pair.student.base.generation_config = pair.student.generation_config
-    try:
-        model.save_pretrained(folder)
-    finally:
-        pair.student.base.generation_config = stripped
+    model.save_pretrained(folder)
+    # The checkpoint's own recommendation, as it was: transformers refuses to save some that it loads.
+    pair.student.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     pair.tokenizer.save_pretrained(folder)
 
 

@@ -101,8 +101,9 @@ def divergence_batches(
     for rows in plan_micro_batches(lengths, token_budget):
         batch = token_batch(rollout, rows, pad_id=pair.vocabulary.pad_id).to(pair.device)
         if len(batch):
-            with pair.autocast():
-                values = token_divergences(pair.student, pair.teacher, batch, temperature=temperature)
+            values = token_divergences(
+                pair.student, pair.teacher, batch, temperature=temperature, student_context=pair.autocast
+            )
             yield batch, values
 
 

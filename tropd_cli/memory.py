@@ -21,6 +21,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
 
 
+def out_of_memory(error: BaseException, advice: str = "a smaller micro_batch_tokens or rollout_batch_tokens, ") -> str:
+    """What to say when nothing smaller is tried any more."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"out of memory ({reason}). Try {advice}gradient_checkpointing: true, a smaller --max-response-length, "
+        "or --lora-rank 16. What was saved is untouched"
+    )
+
+
 def with_smaller_batches(
     action: Callable[[int], T], budget: int, *, smallest: int, knob: str, warn: Callable[[str], None], alone: bool
 ) -> tuple[T, int]:
@@ -44,15 +53,13 @@ def with_smaller_batches(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            message = str(error).splitlines()[0]
+            failure = str(error)
         # Outside the handler: the exception's frames hold the tensors that must go first.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if not alone or budget <= smallest:
             advice = "" if budget <= smallest else f"a smaller {knob} (now {budget}), "
-            raise UserError(
-                f"out of memory ({message}). Try {advice}gradient_checkpointing: true, a smaller --max-response-length, or --lora-rank 16"
-            )
+            raise UserError(out_of_memory(RuntimeError(failure), advice))
         budget = max(smallest, budget // 2)
         warn(f"out of memory; going on with {knob}: {budget}")

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from .errors import UserError
 
+#: What transformers, safetensors and the hub raise for names and files that do not load.
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -118,8 +121,13 @@ def head_of(model: nn.Module) -> Head:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" -> the process's CUDA device, Apple's, or the CPU."""
+    """ "auto" -> the process's CUDA device or the CPU. Raises UserError: no such device here."""
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            here = ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+            raise UserError(f"--device '{device}' is not to be had on this machine. Allowed: {here}") from error
         return torch.device(device)
     if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU"):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -140,13 +148,27 @@ def load_model(
         UserError: not found, offline, no safetensors, or needs remote code.
     """
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         disable_dropout(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, config=config, dtype=dtype, use_safetensors=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(load_failure(name, role, error)) from error
+    absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if absent:
+        raise UserError(
+            f"{role} '{name}' is no whole causal language model: {len(absent)} weights are missing or of another shape, "
+            f"first '{absent[0]}'. They would be random numbers. Use a checkpoint with its output head"
+        )
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{role} '{name}' ({type(model).__name__}) has no output head to score tokens with")
     model.to(device)
     generation_config = model.generation_config or GenerationConfig()
     # Sampling must follow the model's own distribution, whatever the checkpoint recommends: see rollout.py.
@@ -161,6 +183,8 @@ def load_failure(name: str, role: str, error: Exception) -> str:
     first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "trust_remote_code" in str(error):
         return f"{role} '{name}' needs code from its repository, which tropd does not run. Use a model that transformers knows"
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        return f"{role} folder '{name}' holds a LoRA adapter, not a whole model. Merge it first: tropd distill --merge saves both"
     if os.path.isdir(name):
         return f"{role} folder '{name}' does not load: {first_line}"
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
@@ -213,8 +237,8 @@ def load_tokenizer(name: str, *, role: str, revision: str | None = None) -> PreT
         UserError: not found or not loadable.
     """
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except LOAD_ERRORS as error:
         raise UserError(load_failure(name, f"{role} tokenizer", error)) from error
 
 
@@ -249,7 +273,7 @@ def shared_vocabulary(
         order = sorted(moved + lonely, key=lambda token: (mine.get(token, theirs.get(token, 0)), token))
         shown = ", ".join(f"{t!r} (student {mine.get(t, 'none')}, teacher {theirs.get(t, 'none')})" for t in order[:5])
         raise UserError(
-            f"student '{student.name}' and teacher '{teacher.name}' have different tokenizers: {len(moved)} tokens with "
+            f"'{student.name}' and '{teacher.name}' have different tokenizers: {len(moved)} tokens with "
             f"other ids, {len(lonely)} on one side only. First: {shown}. "
             "On-policy distillation scores the student's token ids: choose a teacher of the same family"
         )
@@ -268,7 +292,8 @@ def shared_vocabulary(
             "Set eos_token in the tokenizer"
         )
     pad = student_tokenizer.pad_token_id
-    return Vocabulary(allowed, stop, stop[0] if pad is None else int(pad))
+    has_embedding = pad is not None and pad < min(student.vocabulary, teacher.vocabulary)
+    return Vocabulary(allowed, stop, int(pad) if has_embedding else stop[0])
 
 
 @torch.no_grad()

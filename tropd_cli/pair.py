@@ -64,38 +64,23 @@ def load_pair(config: Config, needs: Needs) -> Pair:
     tokenizer = load_tokenizer(student_name, role="student", revision=config.student_revision)
     teacher_tokenizer = load_tokenizer(teacher_name, role="teacher", revision=config.teacher_revision)
     device = resolve_device(config.device)
-    compute = (
-        DTYPES["bfloat16" if device.type == "cuda" else "float32"] if config.dtype == "auto" else DTYPES[config.dtype]
-    )
-    frozen_base = config.lora_rank > 0
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    compute = DTYPES[automatic if config.dtype == "auto" else config.dtype]
     student = load_model(
         student_name,
         role="student",
-        dtype=compute if frozen_base else torch.float32,
+        dtype=compute if config.lora_rank else torch.float32,  # what is trained is a float32 master
         device=device,
         revision=config.student_revision,
     )
     teacher = frozen(config, teacher_name, "teacher", config.teacher_revision)
     vocabulary = shared_vocabulary(student, teacher, tokenizer, teacher_tokenizer)
     check_lengths(config, student, teacher)
-    ids = tokenizer(CHECK_TEXT)["input_ids"]
-    ids = [i for i in ids if vocabulary.allowed[i]] or [vocabulary.stop_ids[0]]
+    ids = [i for i in tokenizer(CHECK_TEXT)["input_ids"] if vocabulary.allowed[i]] or [vocabulary.stop_ids[0]]
     for model in (student, teacher):
-        single = next(model.model.parameters()).dtype == torch.float32
-        check_head(model, ids, tolerance=1e-3 if single else 0.25)
-    if config.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.lora_rank:
-        alpha = config.lora_alpha or 2 * config.lora_rank
-        if config.gradient_checkpointing:
-            student.model.enable_input_require_grads()
-        student = add_lora(student, rank=config.lora_rank, alpha=alpha, targets=config.lora_targets, seed=config.seed)
-    student.model.train()
-    reference = None
-    if needs.reference_logprob:
-        name = model_path(config.reference or config.student)
-        revision = config.reference_revision if config.reference else config.student_revision
-        reference = frozen(config, name, "reference", revision)
+        check_head(model, ids, tolerance=head_tolerance(model))
+    reference = load_reference(config, student, tokenizer, ids) if needs.reference_logprob else None
+    student = made_trainable(config, student)
     template = config.teacher_chat_template
     if template not in (None, "own"):
         template = read_template(str(template))
@@ -105,8 +90,46 @@ def load_pair(config: Config, needs: Needs) -> Pair:
         max_prompt_length=config.max_prompt_length,
         teacher_template=template,
         template_arguments=config.chat_template_arguments,
+        shared=vocabulary.allowed,
+        teacher_vocabulary=teacher.vocabulary,
     )
     return Pair(student, teacher, reference, tokenizer, vocabulary, prompt_format, device, compute)
+
+
+def made_trainable(config: Config, student: LanguageModel) -> LanguageModel:
+    """The student with its adapter, or with backbone and head unfrozen, in training mode. Raises UserError."""
+    if config.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not config.lora_rank:
+        train_backbone_and_head_alone(student)
+        student.model.train()
+        return student
+    if config.gradient_checkpointing:
+        student.model.enable_input_require_grads()
+    alpha = config.lora_alpha or 2 * config.lora_rank
+    student = add_lora(student, rank=config.lora_rank, alpha=alpha, targets=config.lora_targets, seed=config.seed)
+    tied = student.base.config.get_text_config().tie_word_embeddings
+    if config.merge and tied and has_adapter(student.head.projection):
+        raise UserError(
+            "--merge with an adapter on an output head that is tied to the input embedding would change both. "
+            "Leave the head out of lora_targets, or train without --merge"
+        )
+    student.model.train()
+    return student
+
+
+def load_reference(
+    config: Config, student: LanguageModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]
+) -> LanguageModel:
+    """The reference model: the one named, checked like a teacher, or the student as it starts. Raises UserError."""
+    if not config.reference:
+        return frozen(config, model_path(config.student), "reference", config.student_revision)
+    name = model_path(config.reference)
+    reference = frozen(config, name, "reference", config.reference_revision)
+    own_tokenizer = load_tokenizer(name, role="reference", revision=config.reference_revision)
+    shared_vocabulary(student, reference, tokenizer, own_tokenizer)
+    check_head(reference, ids, tolerance=head_tolerance(reference))
+    return reference
 
 
 def frozen(config: Config, name: str, role: str, revision: str | None) -> LanguageModel:
@@ -118,6 +141,23 @@ def frozen(config: Config, name: str, role: str, revision: str | None) -> Langua
     model = load_model(name, role=role, dtype=dtype, device=device, revision=revision)
     model.model.eval().requires_grad_(False)
     return model
+
+
+def head_tolerance(model: LanguageModel) -> float:
+    """Nats by which two ways to the same log-probability may differ in the model's dtype."""
+    return 1e-3 if next(model.model.parameters()).dtype == torch.float32 else 0.25
+
+
+def has_adapter(projection: torch.nn.Module) -> bool:
+    """Whether LoRA sits on a layer."""
+    return any("lora_" in name for name, _ in projection.named_parameters())
+
+
+def train_backbone_and_head_alone(student: LanguageModel) -> None:
+    """Freezes what text never reaches, such as a vision tower: it would get no gradient."""
+    used = {id(p) for part in (student.backbone, student.head.projection) for p in part.parameters()}
+    for parameter in student.model.parameters():
+        parameter.requires_grad_(id(parameter) in used)
 
 
 def model_path(name: str | None) -> str:
@@ -153,6 +193,9 @@ def commit_of(name: str, revision: str | None) -> str | None:
     if name in DEMO_MODELS or Path(name).exists():
         return revision
     try:
-        return getattr(AutoConfig.from_pretrained(name, revision=revision), "_commit_hash", None) or revision
+        return (
+            getattr(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), "_commit_hash", None)
+            or revision
+        )
     except (OSError, ValueError):
         return revision

@@ -42,14 +42,18 @@ class TeacherPrefixes:
             self._known = {}
             cut_torn_line(self.path)
             for path in sorted(self.folder.glob("process-*.jsonl")):
-                self._known.update(_read_cache(path))
+                for index, ids in _read_cache(path).items():
+                    self._known[index] = max(self._known.get(index, []), ids, key=len)
         return self._known
+
+    def _is_long_enough(self, response: list[int] | None, limit: int) -> bool:
+        return bool(response) and (len(response) >= limit or response[-1] in self.vocabulary.stop_ids)
 
     def draw(self, step: int, prompts: Sequence[tuple[int, Prompt]], limit: int) -> list[list[int]]:
         """Prefix ids per (slot, prompt); the limit is the longest prefix of this step.
 
-        A response is only made as long as the limit asks: the limit never rises, and keyed sampling makes the same
-        tokens whatever the length.
+        A response is only made as long as the limit asks, and made again, with the same tokens and more of them, when
+        a later limit asks for more: keyed sampling makes the same tokens whatever the length.
         """
         if limit == 0:
             return [[] for _ in prompts]
@@ -69,7 +73,7 @@ class TeacherPrefixes:
         return [self.known[prompt.index][:limit] for prompt in prompts]
 
     def _complete(self, prompts: list[Prompt], limit: int) -> None:
-        missing = {p.index: p for p in prompts if p.index not in self.known}
+        missing = {p.index: p for p in prompts if not self._is_long_enough(self.known.get(p.index), limit)}
         made: dict[int, list[int]] = {}
         for prompt in [p for p in missing.values() if p.response is not None]:
             made[prompt.index] = encode_response(str(prompt.response), self.tokenizer, self.vocabulary)
@@ -88,9 +92,12 @@ class TeacherPrefixes:
 def encode_response(text: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> list[int]:
     """Tokens of a ready response, ended by a stop id."""
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    stop = next((place for place, token in enumerate(ids) if token in vocabulary.stop_ids), None)
+    if stop is not None:
+        return ids[: stop + 1]
     end = tokenizer.eos_token_id
     end = end if end in vocabulary.stop_ids else vocabulary.stop_ids[0]
-    return ids if ids and ids[-1] in vocabulary.stop_ids else [*ids, end]
+    return [*ids, end]
 
 
 def _read_cache(path: Path) -> dict[int, list[int]]:

@@ -104,7 +104,7 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     start = (ends - block_mass).gather(1, which)
     inside = weights.gather(1, which.unsqueeze(-1).expand(-1, -1, block)).squeeze(1).to(torch.float64)
     inside_ends = inside.cumsum(-1)
-    offset = torch.searchsorted(inside_ends, target - start, right=True).clamp_max(block - 1)
+    offset = torch.searchsorted(inside_ends, (target - start).clamp_min(0.0), right=True).clamp_max(block - 1)
     # Rounding at a block's end may point past its last token with any mass: step back to it.
     last = (inside > 0).to(torch.int64).mul(torch.arange(1, block + 1, device=inside.device)).amax(-1, keepdim=True) - 1
     return (which * block + torch.minimum(offset, last.clamp_min(0))).squeeze(-1)

@@ -84,7 +84,8 @@ class KeyedSampling(LogitsProcessor):
         self.forbidden = ~allowed
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = scores[:, : len(self.forbidden)].float().masked_fill(self.forbidden, -torch.inf)
+        width = min(scores.shape[1], len(self.forbidden))  # padded vocabularies differ
+        logits = scores[:, :width].float().masked_fill(self.forbidden[:width], -torch.inf)
         token = logits.argmax(-1) if self.temperature == 0.0 else self._draw(input_ids, logits / self.temperature)
         return torch.full_like(scores, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)
 

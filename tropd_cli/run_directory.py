@@ -68,9 +68,7 @@ class RunDirectory:
             if prompts is not None:
                 config = config.model_copy(update={"data": str(self.path / "prompts.jsonl")})
             # The configuration comes first and at once: with it, a run that dies here can be resumed or overwritten.
-            unfinished = self.path / UNFINISHED_CONFIG
-            unfinished.write_text(to_yaml(config), encoding="utf-8")
-            os.replace(unfinished, self.config)
+            self.write_config(config)
             if prompts is not None:
                 (self.path / "prompts.jsonl").write_text(prompts, encoding="utf-8")
             for folder in (self.rollouts, self.checkpoints):
@@ -81,6 +79,12 @@ class RunDirectory:
             raise UserError(
                 f"run directory '{self.path}' cannot be written: {error.strerror}. Choose another --output"
             ) from error
+
+    def write_config(self, config: Config) -> None:
+        """Writes config.yaml at once. Raises OSError."""
+        unfinished = self.path / UNFINISHED_CONFIG
+        unfinished.write_text(to_yaml(config), encoding="utf-8")
+        os.replace(unfinished, self.config)
 
     def resumed_config(self, changes: dict[str, Any]) -> Config:
         """The run's configuration with what may change on resume changed.

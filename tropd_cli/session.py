@@ -51,6 +51,9 @@ class Training:
         self.pair = load_pair(config, self.needs)
         self.standard_input = sys.stdin.read() if config.data == "-" else None
         self.prompts = self._load(config.data)
+        wanted = config.steps * config.prompts_per_step // config.updates_per_rollout
+        if wanted > len(self.prompts):
+            display.note(f"{len(self.prompts)} prompts for {wanted} places: they come again, reshuffled")
         self.heldout_prompts = self._load(config.eval_data)[: config.eval_prompts] if config.eval_data else []
         self.judge = judge_for(config.verifier, config.data)
         enabled = config.guidance.enabled
@@ -131,6 +134,11 @@ def probe(t: Training) -> dict[str, Any]:
     chosen = prompts_of_step(len(t.prompts), min(count, len(t.prompts)), 0, t.config.seed)
     task = _task(t, [t.prompts[index] for index in chosen], samples=t.config.rollouts_per_prompt)
     result = measure(t.pair, t.generator("probe"), task)
+    if result["acceptance"] > 0.99 and result["reverse_kl"] < 1e-3:
+        t.display.warn(
+            f"teacher and student agree before training (KL {result['reverse_kl']:.2g} nats, acceptance "
+            f"{result['acceptance']:.4f}): there is nothing to learn. Is --teacher the student again?"
+        )
     numbers = {f"probe_{name}": value for name, value in result.items()}
     return numbers | {"outlier_share": 1.0 - result["acceptance"], "acceptance": result["acceptance"]}
 
@@ -146,6 +154,7 @@ def evaluate(t: Training) -> dict[str, Any]:
     result["forward_kl"] = forward_kl_on_teacher_text(t.pair, responses, task)
     numbers = {f"eval_{name}": value for name, value in result.items()}
     t.first_evaluation = t.first_evaluation or numbers
+    t.best = held_out_score(numbers) if t.best is None else t.best  # best/ has to beat the student as it was
     return numbers
 
 
@@ -160,15 +169,18 @@ def heldout_responses(t: Training, task: HeldOut) -> list[list[int]]:
     return t.heldout_prefixes.responses([prompt for _, prompt in task.prompts], t.config.max_response_length)
 
 
+def held_out_score(metrics: dict[str, Any]) -> float | None:
+    """Held-out accuracy, without answers minus the reverse KL: higher is better. None where neither was measured."""
+    accuracy, divergence = metrics.get("eval_accuracy"), metrics.get("eval_reverse_kl")
+    return accuracy if accuracy is not None else None if divergence is None else -float(divergence)
+
+
 def keep_best(t: Training, metrics: dict[str, Any]) -> None:
     """Saves the student as best/ when held-out accuracy (without answers: reverse KL) is better than ever."""
     if not t.config.keep_best:
         return
-    accuracy, divergence = metrics.get("eval_accuracy"), metrics.get("eval_reverse_kl")
-    if accuracy is None and divergence is None:
-        return
-    score = accuracy if accuracy is not None else -float(divergence)  # type: ignore[arg-type]
-    if t.best is None or score > t.best:
+    score = held_out_score(metrics)
+    if score is not None and (t.best is None or score > t.best):
         t.best = score
         if t.accelerator.is_main_process:
             try:
@@ -197,7 +209,8 @@ def save(t: Training) -> None:
             sync(t.run.metrics)  # a power cut must not leave a checkpoint without the lines before it
             save_checkpoint(t.run.checkpoints, t.completed, t.module, unwrapped(t.optimizer), state)
             t.saved = t.completed
-            prune(t.run.checkpoints, t.config.keep_checkpoints)
+            if not t.skipped_in_a_row:  # while steps are skipped, the last checkpoint of a sound one stays
+                prune(t.run.checkpoints, t.config.keep_checkpoints)
         except OSError as error:
             t.display.warn(f"no checkpoint at step {t.completed}: {error}. The ones before are untouched")
     t.accelerator.wait_for_everyone()

@@ -54,6 +54,15 @@ class ScoredRollout:
     first: list[Record] | None = None
 
 
+@dataclass
+class Gradient:
+    """What one pass over a rollout gave, its gradient apart, which lies in the parameters."""
+
+    loss: float
+    records: list[Record]
+    seconds: float
+
+
 # ── the loop ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -120,15 +129,17 @@ def score_and_update(
 ) -> tuple[ScoredRollout, dict[str, Any]]:
     """Teacher scores and the first update on a rollout, in smaller micro-batches when memory runs out."""
 
-    def attempt(token_budget: int) -> tuple[ScoredRollout, dict[str, Any]]:
+    def attempt(token_budget: int) -> tuple[ScoredRollout, Gradient]:
         t.optimizer.zero_grad(set_to_none=True)
         scored = score(t, rollout, token_budget)
         scored.prefix_limit, scored.seconds["seconds_rollout"] = prefix_limit, seconds_rollout
-        return scored, update(t, scored)
+        return scored, accumulate(t, scored)
 
     longest = max(row_lengths(rollout), default=1)
-    result, t.micro_batch_tokens = shrinking(t, attempt, t.micro_batch_tokens, longest, "micro_batch_tokens")
-    return result
+    (scored, gradient), t.micro_batch_tokens = shrinking(
+        t, attempt, t.micro_batch_tokens, longest, "micro_batch_tokens"
+    )
+    return scored, apply(t, scored, gradient)
 
 
 def score(t: Training, rollout: Rollout, token_budget: int) -> ScoredRollout:
@@ -155,10 +166,14 @@ def score(t: Training, rollout: Rollout, token_budget: int) -> ScoredRollout:
 
 
 def update(t: Training, scored: ScoredRollout) -> dict[str, Any]:
-    """One optimizer step over the whole rollout of all processes. Returns the step's metrics."""
+    """A later update on a rollout. Returns the step's metrics."""
+    scored.seconds |= {"seconds_rollout": 0.0, "seconds_teacher": 0.0}
+    return apply(t, scored, accumulate(t, scored))
+
+
+def accumulate(t: Training, scored: ScoredRollout) -> Gradient:
+    """Loss and gradient over the whole rollout of all processes. Changes no weight, so it may be tried again."""
     started = time.perf_counter()
-    for group in t.optimizer.param_groups:
-        group["lr"] = learning_rate(t.config, t.completed)
     request = CreditRequest(
         needs=t.needs,
         num_tokens=max(1, sum(gather_object([sum(map(len, scored.batches))]))),
@@ -167,21 +182,31 @@ def update(t: Training, scored: ScoredRollout) -> dict[str, Any]:
         observe_top_k=t.config.record.top_k if scored.recorded else 0,
     )
     loss, records = 0.0, []
+    # Data parallelism averages gradients over processes, and Accelerate divides by its accumulation steps; the
+    # denominator is global already.
+    scale = t.accelerator.num_processes * t.accelerator.gradient_accumulation_steps
     for number, credit_of in enumerate(credits(t, scored, request)):
-        micro_loss, record = forward(t, scored, number, replace(request, credit_of=credit_of))
         with gradient_sync(t, last=number == len(scored.batches) - 1):
-            # Data parallelism averages gradients over processes; the denominator is global already.
-            t.accelerator.backward(micro_loss * t.accelerator.num_processes)
+            micro_loss, record = forward(t, scored, number, replace(request, credit_of=credit_of))
+            t.accelerator.backward(micro_loss * scale)
         loss += float(micro_loss.detach())
         records.append(record)
+    return Gradient(loss, records, time.perf_counter() - started)
+
+
+def apply(t: Training, scored: ScoredRollout, gradient: Gradient) -> dict[str, Any]:
+    """The optimizer step of an accumulated gradient. Returns the step's metrics."""
+    started = time.perf_counter()
+    for group in t.optimizer.param_groups:
+        group["lr"] = learning_rate(t.config, t.completed)
     grad_norm = float(t.accelerator.clip_grad_norm_(t.parameters, t.config.optimizer.max_grad_norm))
-    applied = apply_update(t, loss, grad_norm)
+    applied = apply_update(t, gradient.loss, grad_norm)
     t.completed += 1
     if scored.first is None:
-        scored.first = records
-        record_rollout(t, scored, records)
-    scored.seconds["seconds_update"] = time.perf_counter() - started
-    return collect_metrics(t, scored, records, loss=loss, grad_norm=grad_norm, applied=applied)
+        scored.first = gradient.records
+        record_rollout(t, scored, gradient.records)
+    scored.seconds["seconds_update"] = gradient.seconds + time.perf_counter() - started
+    return collect_metrics(t, scored, gradient.records, loss=gradient.loss, grad_norm=grad_norm, applied=applied)
 
 
 def forward(t: Training, scored: ScoredRollout, number: int, request: CreditRequest) -> tuple[torch.Tensor, Record]:
@@ -282,6 +307,7 @@ def finish_step(t: Training, metrics: dict[str, Any]) -> None:
     for warning in t.health.check(metrics):
         t.display.warn(f"step {t.completed}: {warning}")
         if c.stop_when_unhealthy:
+            save(t)
             raise UserError(f"stopped at step {t.completed} by --stop-when-unhealthy: {warning}")
     if t.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise UserError(
