@@ -268,8 +268,11 @@ def test_config_layers(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_dry_run_trains_and_writes_nothing(good: list[str], tmp_path: Path) -> None:
-    result = invoke(*good, "--dry-run")
-    assert not (tmp_path / "run").exists() and result.stdout == ""
+    result = invoke(*good, "--dry-run", "--json")
+    estimate = json.loads(result.stdout)
+    assert not (tmp_path / "run").exists()
+    assert estimate["tokens_per_step"] == 4 * 2 * 12 and estimate["seconds_per_step"] > 0
+    assert estimate["training_bytes"] == 3 * estimate["student_bytes"]
     for text in (
         "first prompt, student",
         "tokenizers agree on 61 tokens",

@@ -143,7 +143,9 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
         from .dry_run import dry_run
 
         if is_first():
-            dry_run(config, display)
+            estimate = dry_run(config, display)
+            if request.as_json:
+                typer.echo(json.dumps(estimate))
         return
     if config.student == config.teacher:
         display.warn(f"student and teacher are both '{config.student}': there will be no signal")

@@ -2,54 +2,82 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
+import torch
+
 from .config import Config, build_strategy, to_yaml
 from .data import load_prompts
 from .display import Display
+from .models import LanguageModel
 from .pair import Pair, load_pair
 from .scoring import CHUNK_BYTES
 
+#: Tokens of the forward pass that is timed.
+TIMED_TOKENS = 256
 
-def dry_run(config: Config, display: Display) -> None:
-    """Loads and checks everything a run would, and says what it would cost. Trains and writes nothing."""
+
+def dry_run(config: Config, display: Display) -> dict[str, Any]:
+    """Loads and checks everything a run would, and says what it would cost. Trains and writes nothing.
+
+    Returns:
+        The estimate: bytes of memory and seconds of one step.
+    """
     display.note(to_yaml(config))
-    strategy = build_strategy(config)
-    pair = load_pair(config, strategy.needs)
-    display.note(
-        f"tokenizers agree on {int(pair.vocabulary.allowed.sum())} tokens; stop ids {list(pair.vocabulary.stop_ids)}"
-    )
+    pair = load_pair(config, build_strategy(config).needs)
+    shared = int(pair.vocabulary.allowed.sum())
+    display.note(f"tokenizers agree on {shared} tokens; stop ids {list(pair.vocabulary.stop_ids)}")
     for label, source in (("data", config.data), ("eval_data", config.eval_data)):
         if source is None:
             continue
         prompts, problems = load_prompts(source, pair.prompt_format, skip_bad_rows=config.skip_bad_rows)
         display.note(f"{label}: {len(prompts)} prompts" + (f", {len(problems)} bad rows skipped" if problems else ""))
         if label == "data":
-            first = prompts[0]
-            display.note(f"first prompt, student ({len(first.ids)} tokens): {pair.tokenizer.decode(first.ids)!r}")
-            display.note(
-                f"first prompt, teacher ({len(first.teacher_ids)} tokens): {pair.tokenizer.decode(first.teacher_ids)!r}"
-            )
-    for line in estimate(config, pair):
-        display.note(line)
+            for role, ids in (("student", prompts[0].ids), ("teacher", prompts[0].teacher_ids)):
+                display.note(f"first prompt, {role} ({len(ids)} tokens): {pair.tokenizer.decode(ids)!r}")
+    estimate = estimated_cost(config, pair)
+    display.note(
+        f"memory beside activations and KV cache: student {_size(estimate['student_bytes'])}, gradients and AdamW "
+        f"{_size(estimate['training_bytes'])}, teacher {_size(estimate['teacher_bytes'])}, loss chunks {_size(estimate['chunk_bytes'])}"
+    )
+    display.note(
+        f"time: about {estimate['seconds_per_step']:.3g} s for a step of {estimate['tokens_per_step']} tokens, "
+        f"{config.steps * estimate['seconds_per_step'] / 3600:.2g} h in all, from one timed forward of each model and "
+        "responses of full length; sampling token by token may take several times its share"
+    )
     display.note("dry run: nothing was trained or written")
+    return estimate
 
 
-def estimate(config: Config, pair: Pair) -> list[str]:
-    """Memory and work of one step, from parameter counts and lengths at their maximum."""
-    trained = sum(p.numel() for p in pair.student.model.parameters() if p.requires_grad)
-    student = sum(p.numel() * p.element_size() for p in pair.student.model.parameters())
-    teacher = sum(p.numel() * p.element_size() for p in pair.teacher.model.parameters())
-    rows = config.prompts_per_step * config.rollouts_per_prompt
-    tokens = rows * config.max_response_length
-    count_s = sum(p.numel() for p in pair.student.model.parameters())
-    count_t = sum(p.numel() for p in pair.teacher.model.parameters())
-    flops = 2 * tokens * (count_s + count_t + 3 * count_s)
-    chunk = CHUNK_BYTES.get(pair.device.type, CHUNK_BYTES["cuda"])
-    return [
-        f"memory beside activations: student {_size(student)}, gradients and AdamW {_size(12 * trained)}, teacher {_size(teacher)}, "
-        f"chunks of the loss {_size(3 * chunk)}",
-        f"one step: {rows} responses of at most {config.max_response_length} tokens, at most {flops:.2g} floating-point operations "
-        f"({config.steps} steps: {flops * config.steps:.2g})",
-    ]
+def estimated_cost(config: Config, pair: Pair) -> dict[str, Any]:
+    """Bytes from parameter counts; seconds from timed forwards: one for sampling and three for the update (forward and
+    backward) of the student, one of the teacher."""
+    parameters = list(pair.student.model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    tokens = config.prompts_per_step * config.rollouts_per_prompt * config.max_response_length
+    per_token = (4 * seconds_per_forward(pair.student) + seconds_per_forward(pair.teacher)) / TIMED_TOKENS
+    return {
+        "student_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "training_bytes": 12 * trained,
+        "teacher_bytes": sum(p.numel() * p.element_size() for p in pair.teacher.model.parameters()),
+        "chunk_bytes": 2 * CHUNK_BYTES.get(pair.device.type, CHUNK_BYTES["cuda"]),
+        "tokens_per_step": tokens,
+        "seconds_per_step": tokens * per_token,
+    }
+
+
+@torch.no_grad()
+def seconds_per_forward(language_model: LanguageModel) -> float:
+    """Wall time of the second of two forwards of the backbone over TIMED_TOKENS tokens."""
+    length = min(TIMED_TOKENS, language_model.context_length or TIMED_TOKENS)
+    ids = torch.ones(1, length, dtype=torch.int64, device=language_model.device)
+    for _ in range(2):
+        started = time.perf_counter()
+        language_model.backbone(input_ids=ids, use_cache=False)
+        if language_model.device.type == "cuda":
+            torch.cuda.synchronize(language_model.device)
+    return (time.perf_counter() - started) * TIMED_TOKENS / length
 
 
 def _size(count: float) -> str:
