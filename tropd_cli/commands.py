@@ -7,7 +7,7 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from .errors import UserError
 from .presets import get_preset
 from .processes import is_first, is_worker, one_voice, register
 from .run_directory import RunDirectory, default_output
+
+if TYPE_CHECKING:
+    from .session import Training
 
 #: The demo's own small setting; the paper's is for real models.
 DEMO_PRESET: dict[str, Any] = {
@@ -121,19 +124,8 @@ def _distill(request: DistillRequest) -> None:
 
 
 def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo: bool) -> None:
-    """Runs the training in this process."""
-    import torch
-    from accelerate.utils import gather_object
-
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    """Runs the training in this process, and prints what it gave."""
     quiet_libraries()
-    from .launch import make_accelerator
-    from .memory import is_out_of_memory, out_of_memory
-    from .session import Training
-    from .train import Interrupted
-    from .train import distill as run_training
-
     display = Display(active=is_first())
     if is_demo:
         display.note(
@@ -149,7 +141,30 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
         return
     if config.student == config.teacher:
         display.warn(f"student and teacher are both '{config.student}': there will be no signal")
+    training = prepared(config, run, request, display)
+    metrics, first = run_to_the_end(training, resume=bool(request.resume))
+    if not training.accelerator.is_main_process:
+        return
+    if first:
+        display.comparison("Held-out", first, metrics)
+    display.note(f"student: {training.run.student}")
+    typer.echo(json.dumps({"run": str(training.run.path), **metrics}) if request.as_json else str(training.run.path))
+
+
+def prepared(config: Config, run: RunDirectory, request: DistillRequest, display: Display) -> Training:
+    """Everything loaded and checked, and only then the run directory written. Raises UserError."""
+    import torch
+    from accelerate.utils import gather_object
+
+    from .launch import make_accelerator
+    from .session import Training
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
     accelerator = make_accelerator(config, str(run.path))
+    missing = set(config.log_with) - {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
+    if missing:
+        raise UserError(f"log_with '{min(missing)}' is not installed. Install it: pip install 'tropd[log]'")
     # A default name holds the time, which every process read on its own.
     run = RunDirectory(Path(gather_object([str(run.path)])[0]))
     config = config.model_copy(update={"output": str(run.path)})
@@ -161,14 +176,19 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
             run.create(pinned(config), overwrite=request.overwrite, prompts=training.standard_input)
     accelerator.wait_for_everyone()
     if config.log_with:
-        missing = set(config.log_with) - {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
-        if missing:
-            raise UserError(f"log_with '{min(missing)}' is not installed. Install it: pip install 'tropd[log]'")
-        accelerator.init_trackers(
-            "tropd", {k: v for k, v in config.model_dump().items() if isinstance(v, (int, float, str))}
-        )
+        plain = {k: v for k, v in config.model_dump().items() if isinstance(v, (int, float, str))}
+        accelerator.init_trackers("tropd", plain)
+    return training
+
+
+def run_to_the_end(training: Training, *, resume: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`train.distill`, with its ends told to the user. Raises UserError, or Exit(130) after an interruption."""
+    from .memory import is_out_of_memory, out_of_memory
+    from .train import Interrupted, distill
+
+    display = training.display
     try:
-        metrics, first = run_training(training, resume=bool(request.resume))
+        return distill(training, resume=resume)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise UserError(out_of_memory(error)) from error
@@ -178,17 +198,11 @@ def train(config: Config, run: RunDirectory, request: DistillRequest, *, is_demo
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         state = "everything is saved" if training.saved == training.completed else f"saved is step {training.saved}"
-        display.note(f"interrupted; {state}. Continue with: tropd distill --resume {run.path}")
+        display.note(f"interrupted; {state}. Continue with: tropd distill --resume {training.run.path}")
         raise typer.Exit(130) from None
     finally:
         display.stop()
-        accelerator.end_training()
-    if not accelerator.is_main_process:
-        return
-    if first:
-        display.comparison("Held-out", first, metrics)
-    display.note(f"student: {run.student}")
-    typer.echo(json.dumps({"run": str(run.path), **metrics}) if request.as_json else str(run.path))
+        training.accelerator.end_training()
 
 
 def canonical(config: Config, strategy: Any) -> Config:
