@@ -1,5 +1,5 @@
 """A script: one update of every strategy on the same rollouts, by one process, by two, and by two with accumulation;
-whole sampled runs on one, two and changing numbers of processes; and a sharded student. Writes FOLDER/*.pt for the test.
+a sharded student; and whole sampled runs on one, two and changing numbers of processes. Writes FOLDER for the tests.
 """
 
 from __future__ import annotations
@@ -122,6 +122,12 @@ def stopped_at(step: int, *arguments: str) -> Any:
     return run
 
 
+def sharded() -> None:
+    from .sharded_update import compare
+
+    compare()
+
+
 def main(folder: Path, arguments: list[str]) -> None:
     """Jobs one after another; one that ends otherwise than it should ends the script."""
 
@@ -132,6 +138,7 @@ def main(folder: Path, arguments: list[str]) -> None:
         (split, count, functools.partial(all_strategies, folder, split), 0) for split, (count, _) in SPLITS.items()
     ]
     jobs += [
+        ("sharded", 2, sharded, 0),
         ("run-1", 1, tropd(*distill("run-1")), 0),
         ("run-2", 2, tropd(*distill("run-2")), 0),
         ("run-12", 1, stopped_at(4, *distill("run-12")), 130),

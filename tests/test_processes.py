@@ -64,3 +64,8 @@ def same_run(first: Path, second: Path) -> None:
 def test_a_sampled_run_does_not_depend_on_the_number_of_processes(splits: Path, name: str) -> None:
     """Also when it was stopped, and resumed on another number."""
     same_run(splits / "run-1", splits / name)
+
+
+def test_a_sharded_student_is_updated_and_sampled_like_a_whole_one(splits: Path) -> None:
+    """The comparison is made by the processes themselves; a difference ends the script with an error."""
+    assert "Error" not in (splits / "sharded.log").read_text()
