@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint table bench clean
 
 demo: $(STAMP)
 	$(BIN)/tropd distill
@@ -15,6 +15,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Hours, resumable: every method on both small tasks, then the tables of docs/benchmarks.md.
+table: $(STAMP)
+	test -d build/models/teacher || $(BIN)/python -m tests.benchmarks.astray build/models
+	$(BIN)/python -m tests.benchmarks.table --models build/models
+	$(BIN)/python -m tests.benchmarks.collapse
+
+# Minutes: the credit loss against the bare matrix products.
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.credit_loss
 
 # torch first and alone: resolved together with the rest, pip may take a CUDA build of several gigabytes.
 $(STAMP): pyproject.toml constraints.txt
