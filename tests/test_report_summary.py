@@ -125,6 +125,8 @@ def test_advice_for_what_is_off_and_none_otherwise() -> None:
         row.finish = row.finish and "length"
     lines = summary_of(rows)["advice"]
     assert [any(word in line for line in lines) for word in ("outliers", "entropy", "cut at", "looping")] == [True] * 4
+    sure = [dataclasses.replace(row, teacher_entropy=0.001) for row in rows]  # a task with one right continuation
+    assert not any("entropy" in line for line in summary_of(sure)["advice"])
     guided = [dataclasses.replace(row, written_by="teacher", region="guidance") for row in rows]
     assert "nothing to compare" in summary_of(guided)["advice"][0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from strategies import Region
@@ -36,24 +37,24 @@ def token_rows(
     top_k: int,
     seed: int,
 ) -> Iterator[TokenRow]:
-    """Rows of the first `sequences` rows of a rollout, in reading order. Needs scores with teacher_entropy, teacher_rank
-    and top-k, and records with student_topk_logprob."""
+    """Rows of `sequences` responses of a rollout, numbered in reading order. Needs scores with teacher_entropy,
+    teacher_rank and top-k, and records with student_topk_logprob."""
     texts = TokenTexts(tokenizer)
-    cells: dict[tuple[int, int], tuple[int, int]] = {}
-    for number, batch in enumerate(batches):
-        for token, (row, position) in enumerate(zip(batch.row.tolist(), batch.position.tolist(), strict=True)):
-            if row < sequences:
-                cells[row, position] = (number, token)
-    columns = [_columns(*parts, top_k, seed) for parts in zip(batches, scores, records, strict=True)]
-    for place in range(min(sequences, len(rollout))):
+    kept = spread(rollout, sequences)
+    columns = [_columns(*parts, kept, top_k, seed) for parts in zip(batches, scores, records, strict=True)]
+    cells = {
+        key: {name: column[cell] for name, column in part.items()}
+        for part in columns
+        for cell, key in enumerate(zip(part.pop("row"), part.pop("position"), strict=True))
+    }
+    for sequence, place in enumerate(kept):
         ids = rollout.ids[place][rollout.mask[place]].tolist()
         for position, text in enumerate(texts.sequence(ids)):
-            number, token = cells[place, position]
-            values = {name: column[token] for name, column in columns[number].items()}
+            values = cells[place, position]
             top = zip(values.pop("top_ids"), values.pop("top_teacher"), values.pop("top_student"), strict=True)
             behind = ids[position - 1] if position else None
             row = TokenRow(
-                sequence=place,
+                sequence=sequence,
                 position=position,
                 token_id=ids[position],
                 token=text,
@@ -70,14 +71,24 @@ def token_rows(
             yield row
 
 
-def _columns(batch: TokenBatch, scores: Scores, record: Record, top_k: int, seed: int) -> dict[str, list[Any]]:
-    """One micro-batch's values as Python lists, keyed like a row."""
+def spread(rollout: Rollout, most: int) -> list[int]:
+    """Which rows to keep, ascending: one response of as many prompts as possible before a second one of any."""
+    keys = zip(rollout.sample.tolist(), rollout.group.tolist(), range(len(rollout)), strict=True)
+    return sorted(row for _, _, row in sorted(keys)[:most])
+
+
+def _columns(
+    batch: TokenBatch, scores: Scores, record: Record, kept: list[int], top_k: int, seed: int
+) -> dict[str, list[Any]]:
+    """One micro-batch's values of the kept rows' tokens as Python lists, keyed like a row."""
     if not len(batch):
-        return {}
+        return {"row": [], "position": []}
     assert scores.teacher_topk_ids is not None and scores.teacher_topk_logprob is not None
     assert scores.teacher_entropy is not None and scores.teacher_rank is not None
     reward = scores.teacher_logprob - record["student_logprob"]
     tensors = {
+        "row": batch.row,
+        "position": batch.position,
         "student_logprob": record["student_logprob"],
         "teacher_logprob": scores.teacher_logprob,
         "p_trust": reward.clamp_max(0).exp(),
@@ -95,4 +106,5 @@ def _columns(batch: TokenBatch, scores: Scores, record: Record, top_k: int, seed
         "top_teacher": scores.teacher_topk_logprob[:, :top_k],
         "top_student": record["student_topk_logprob"][:, :top_k],
     }
-    return {name: value.tolist() for name, value in tensors.items()}
+    wanted = torch.isin(batch.row, torch.tensor(kept, device=batch.row.device))
+    return {name: value[wanted].tolist() for name, value in tensors.items()}

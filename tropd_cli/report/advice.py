@@ -26,7 +26,7 @@ def advise(summary: dict[str, Any]) -> list[str]:
             f"{summary['outlier_share']:.0%} of the student's tokens are outliers: the two models hardly share a "
             "language. Check chat template and tokenizer; else fine-tune the student on the teacher's responses first."
         )
-    if summary["student_entropy"] is not None and summary["student_entropy"] < LOW_ENTROPY:
+    if _collapsed(summary["student_entropy"], summary["teacher_entropy"]):
         lines.append(
             f"The student's entropy is near zero ({summary['student_entropy']:.3f} nats): its samples hardly differ, so "
             "it sees few mistakes to learn from. Stop earlier, or lower the learning rate."
@@ -43,3 +43,8 @@ def advise(summary: dict[str, Any]) -> list[str]:
             "tokens of the long responses."
         )
     return lines
+
+
+def _collapsed(student: float | None, teacher: float | None) -> bool:
+    """Near zero where the teacher is not: on a task with one right continuation both are sure, and nothing is off."""
+    return student is not None and student < LOW_ENTROPY and (teacher is None or student < teacher / 2)

@@ -62,8 +62,8 @@ class Inspection:
 
     @cached_property
     def by_strategy(self) -> dict[str, list[Sequence]]:
-        """Strategy name -> its sequences, both in order. Without names: one entry, the strategy of `facts` or ''."""
-        unnamed = self.facts.get("strategy", "")
+        """Strategy name -> its sequences, both in order. Without names: one entry, the name of the strategy of `facts` or ''."""
+        unnamed = self.facts.get("strategy", "").partition(",")[0]
         tokens: dict[str, dict[int, list[TokenRow]]] = {}
         for row in self.rows:
             tokens.setdefault(row.strategy or unnamed, {}).setdefault(row.sequence, []).append(row)

@@ -87,6 +87,8 @@ class TokenRow:
     def __post_init__(self) -> None:
         if self.p_trust is None and self.log_ratio is not None:
             self.p_trust = math.exp(min(self.log_ratio, 0.0))
+        if self.outlier_weight == float(self.region == "outlier"):
+            self.outlier_weight = None  # said by the region already; what is left tells soft regions from drawn ones
 
     @property
     def log_ratio(self) -> float | None:

@@ -24,7 +24,7 @@ from .text import NEWLINE, visible
 #: Styles by region and strength. In 16 colours a background with its own foreground is readable on light and dark.
 RICH_COLOURS: dict[RegionName, tuple[str, str, str]] = {
     "trust": ("", "#3f8fd2", "bold #3f8fd2"),
-    "outlier": ("black on #ffdf9e", "black on #f0ab2e", "bold white on #b04a00"),
+    "outlier": ("#000000 on #ffdf9e", "#000000 on #f0ab2e", "bold #ffffff on #b04a00"),
     "guidance": ("italic #b5739d",) * 3,
     "ignored": ("dim",) * 3,
 }
