@@ -93,12 +93,12 @@ def evaluate(
         bool,
         typer.Option("--allow-code-execution", help="Run the code in completions, in a sandbox.", rich_help_panel=WHAT),
     ] = False,
-    samples: Annotated[int | None, typer.Option(help="Per problem.", rich_help_panel=HOW, min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=HOW, min=0.0)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus.", rich_help_panel=HOW, min=0.0, max=1.0)] = None,
-    max_response_length: Annotated[int | None, typer.Option(help="Tokens.", rich_help_panel=HOW, min=1)] = None,
-    limit: Annotated[int | None, typer.Option(help="First so many problems.", rich_help_panel=HOW, min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the samples.", rich_help_panel=HOW, min=0)] = None,
+    samples: Annotated[int | None, typer.Option(help="Per problem.", rich_help_panel=HOW)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=HOW)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus.", rich_help_panel=HOW)] = None,
+    max_response_length: Annotated[int | None, typer.Option(help="Tokens.", rich_help_panel=HOW)] = None,
+    limit: Annotated[int | None, typer.Option(help="First so many problems.", rich_help_panel=HOW)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the samples.", rich_help_panel=HOW)] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -107,7 +107,7 @@ def evaluate(
             rich_help_panel=HOW,
         ),
     ] = None,
-    num_processes: Annotated[int | None, typer.Option(help="Workers to start.", rich_help_panel=HOW, min=1)] = None,
+    num_processes: Annotated[int | None, typer.Option(help="Workers to start.", rich_help_panel=HOW)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ...", rich_help_panel=HOW)] = None,
     set_: Annotated[
         list[str] | None,
@@ -138,8 +138,7 @@ FLAG_OF = {"as_json": "--json", "assignments": "--set", "targets": "a run or res
 
 def dispatch(request: EvalRequest) -> None:
     """Chooses the form and refuses what it would not read. Raises UserError."""
-    if request.table is not None and request.table not in ("markdown", "plain"):
-        raise UserError(f"--table '{request.table}' is none of: markdown, plain")
+    check_values(request)
     if request.completions is not None:
         refuse_others(request, COMPLETIONS, "--completions")
         from .evaluation.forms import grade_completions
@@ -164,6 +163,20 @@ def dispatch(request: EvalRequest) -> None:
     from .evaluation.session import evaluate_models
 
     evaluate_models(request)
+
+
+def check_values(request: EvalRequest) -> None:
+    """Raises UserError naming the first number or word that is out of range."""
+    for name in ("samples", "max_response_length", "limit", "num_processes"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
+    if request.temperature is not None and not request.temperature >= 0.0:
+        raise UserError(f"--temperature {request.temperature}: it must be 0 (greedy) or more")
+    if request.top_p is not None and not 0.0 < request.top_p <= 1.0:
+        raise UserError(f"--top-p {request.top_p}: it must be above 0 and at most 1")
+    if request.table is not None and request.table not in ("markdown", "plain"):
+        raise UserError(f"--table '{request.table}' is none of: markdown, plain")
 
 
 def refuse_others(request: EvalRequest, read: set[str], form: str) -> None:
