@@ -22,6 +22,7 @@ from tropd_cli.processes import JOB, Watch, may_speak, one_voice
 from tropd_cli.run_directory import RunDirectory, cut_torn_line
 
 from .test_distill import arguments, metrics
+from .tiny import tiny_vocabulary
 
 
 def start_job(args: list[str], folder: Path) -> subprocess.Popen[str]:
@@ -153,7 +154,9 @@ def test_a_torn_last_line_is_cut_before_lines_are_added(tmp_path: Path) -> None:
         return [[9, 1] for _ in asked]
 
     def cache() -> TeacherPrefixes:
-        return TeacherPrefixes(tmp_path, write, tokenizer=None, vocabulary=None, seed=0, rule="min", rank=0)  # type: ignore[arg-type]
+        return TeacherPrefixes(
+            tmp_path, write, tokenizer=None, vocabulary=tiny_vocabulary(), seed=0, rule="min", rank=0
+        )  # type: ignore[arg-type]
 
     prompts: list[Any] = [SimpleNamespace(index=i, response=None, teacher_ids=[3]) for i in (1, 2)]
     assert cache().responses(prompts, 8) == [[5, 1], [9, 1]]
