@@ -299,6 +299,9 @@ def test_help_and_refusals_import_no_torch() -> None:
     import subprocess
     import sys
 
-    program = "import sys, tropd_cli.main, tropd_cli.commands, tropd_cli.config; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    program = (
+        "import sys, tropd_cli.main, tropd_cli.commands, tropd_cli.config; "
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

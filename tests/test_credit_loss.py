@@ -207,5 +207,5 @@ def test_micro_batches_respect_the_budget_and_keep_every_row() -> None:
 
 def test_a_strategy_that_reads_what_it_did_not_declare_is_told() -> None:
     signals = Signals(student_logprob=torch.zeros(2), teacher_logprob=torch.zeros(2))
-    with pytest.raises(KeyError, match="teacher_logprob.*was not declared"):
+    with pytest.raises(KeyError, match=r"teacher_logprob.*was not declared"):
         _ = signals.only(Needs()).teacher_logprob

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
-from transformers import CohereConfig, CohereForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from strategies import Credit
 from tropd_cli.batching import TokenBatch
 from tropd_cli.models import LanguageModel, Vocabulary
 from tropd_cli.rollout import Rollout
 
-SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 KINDS = ("llama", "qwen", "gemma", "cohere")
 
 
