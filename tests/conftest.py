@@ -39,3 +39,18 @@ def fresh_accelerator() -> Iterator[None]:
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def registries_as_they_were() -> Iterator[None]:
+    """Plug-in files that a test runs register for the process: forget them afterwards."""
+    from strategies import OUTLIERS, STRATEGIES
+    from strategies.registry import Registry
+
+    before = [(registry, dict(registry._classes)) for registry in (STRATEGIES, OUTLIERS)]
+    files = dict(Registry._files)
+    yield
+    for registry, classes in before:
+        registry._classes = classes
+    Registry._files.clear()
+    Registry._files.update(files)

@@ -18,6 +18,7 @@ try:
 except sandbox.SandboxUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
+EARLIER: set[int] = set()
 QUICK = Limits(cpu_seconds=2, wall_seconds=2)
 TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
 
@@ -304,5 +305,11 @@ def alive(process: int) -> bool:
 
 
 def children_left() -> set[int]:
-    """Processes below this one, without the `ps` that looks for them."""
-    return {process for process in descendants(os.getpid()) if alive(process)}
+    """Living processes below this one that this file started, without the `ps` that looks for them."""
+    return {process for process in descendants(os.getpid()) - EARLIER if alive(process)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def earlier() -> None:
+    """What other tests of the session left running, such as a verifier's worker, is not the sandbox's."""
+    EARLIER.update(descendants(os.getpid()))

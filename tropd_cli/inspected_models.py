@@ -251,7 +251,7 @@ class ModelInspector:
             block.scores,
             records,
             tokenizer=self.pair.tokenizer,
-            sequences=len(block.rollout),
+            kept={row: row for row in range(len(block.rollout))},
             top_k=self.config.record.top_k,
             seed=self.config.seed,
         )

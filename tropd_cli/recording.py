@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,21 +33,20 @@ def token_rows(
     records: Sequence[Record],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    sequences: int,
+    kept: Mapping[int, int],
     top_k: int,
     seed: int,
 ) -> Iterator[TokenRow]:
-    """Rows of `sequences` responses of a rollout, numbered in reading order. Needs scores with teacher_entropy,
-    teacher_rank and top-k, and records with student_topk_logprob."""
+    """Rows of the responses in `kept`: row of the rollout -> number it is shown under. Needs scores with
+    teacher_entropy, teacher_rank and top-k, and records with student_topk_logprob."""
     texts = TokenTexts(tokenizer)
-    kept = spread(rollout, sequences)
     columns = [_columns(*parts, kept, top_k, seed) for parts in zip(batches, scores, records, strict=True)]
     cells = {
         key: {name: column[cell] for name, column in part.items()}
         for part in columns
         for cell, key in enumerate(zip(part.pop("row"), part.pop("position"), strict=True))
     }
-    for sequence, place in enumerate(kept):
+    for place, sequence in kept.items():
         ids = rollout.ids[place][rollout.mask[place]].tolist()
         for position, text in enumerate(texts.sequence(ids)):
             values = cells[place, position]
@@ -71,14 +70,17 @@ def token_rows(
             yield row
 
 
-def spread(rollout: Rollout, most: int) -> list[int]:
-    """Which rows to keep, ascending: one response of as many prompts as possible before a second one of any."""
-    keys = zip(rollout.sample.tolist(), rollout.group.tolist(), range(len(rollout)), strict=True)
-    return sorted(row for _, _, row in sorted(keys)[:most])
+def spread(rollout: Rollout, most: int, prompts: int) -> dict[int, int]:
+    """Which rows to keep, and their numbers in reading order over all processes: one response of as many of the step's
+    `prompts` as possible before a second one of any."""
+    chosen = sorted((place % prompts, place // prompts) for place in range(most))
+    numbers = {key: number for number, key in enumerate(chosen)}
+    rows = zip(rollout.group.tolist(), rollout.sample.tolist(), strict=True)
+    return {row: numbers[key] for row, key in enumerate(rows) if key in numbers}
 
 
 def _columns(
-    batch: TokenBatch, scores: Scores, record: Record, kept: list[int], top_k: int, seed: int
+    batch: TokenBatch, scores: Scores, record: Record, kept: Mapping[int, int], top_k: int, seed: int
 ) -> dict[str, list[Any]]:
     """One micro-batch's values of the kept rows' tokens as Python lists, keyed like a row."""
     if not len(batch):
@@ -106,5 +108,5 @@ def _columns(
         "top_teacher": scores.teacher_topk_logprob[:, :top_k],
         "top_student": record["student_topk_logprob"][:, :top_k],
     }
-    wanted = torch.isin(batch.row, torch.tensor(kept, device=batch.row.device))
+    wanted = torch.isin(batch.row, torch.tensor(list(kept), device=batch.row.device))
     return {name: value[wanted].tolist() for name, value in tensors.items()}

@@ -22,7 +22,7 @@ from .data import prompts_of_step
 from .errors import UserError
 from .memory import with_smaller_batches
 from .metrics import batch_sums, combine, peak_memory_bytes, rollout_sums, step_metrics, update_norm
-from .recording import token_rows
+from .recording import spread, token_rows
 from .rollout import Rollout, make_rollout, step_prefix_limit
 from .scoring import Scores, ScoringOptions, score_reference, score_teacher
 from .session import Training, caught_signals, evaluate, keep_best, probe, restore, save, save_final
@@ -274,21 +274,20 @@ def collect_metrics(
 
 
 def record_rollout(t: Training, scored: ScoredRollout, records: list[Record]) -> None:
-    """Keeps the first sequences of a recorded step in rollouts/, numbered over all processes."""
+    """Keeps some sequences of a recorded step in rollouts/, the same ones on any number of processes."""
     if not scored.recorded:
         return
-    numbers = (scored.rollout.group * t.config.rollouts_per_prompt + scored.rollout.sample).tolist()
     mine = token_rows(
         scored.rollout,
         scored.batches,
         scored.scores,
         records,
         tokenizer=t.pair.tokenizer,
-        sequences=sum(number < t.config.record.sequences for number in numbers),
+        kept=spread(scored.rollout, t.config.record.sequences, t.config.prompts_per_step),
         top_k=t.config.record.top_k,
         seed=t.config.seed,
     )
-    rows = gather_object([replace(row, sequence=numbers[row.sequence]) for row in mine])
+    rows = gather_object(list(mine))
     if t.accelerator.is_main_process:
         try:
             t.run.record(t.completed, sorted(rows, key=lambda row: (row.sequence, row.position)))
