@@ -10,8 +10,10 @@ from typing import Any
 NO_SIGNAL = 1e-4
 #: Student entropy under this share of its first value, and under this many nats, looks like a collapse.
 COLLAPSE_SHARE, COLLAPSE_NATS = 0.1, 0.05
-#: Share of outliers, or of truncated responses, that is worth a word.
-TOO_MANY = 0.5
+#: A student this close to its teacher may be as certain as that: no collapse. Mean acceptance.
+CLOSE = 0.9
+#: Share of outliers, or of truncated responses, that is worth a word when it lasts so many steps.
+TOO_MANY, LASTING = 0.5, 3
 #: A gradient norm of so many times the median of the last ones is a spike; so many of them are remembered.
 SPIKE, REMEMBERED, ENOUGH = 20.0, 20, 5
 
@@ -24,6 +26,7 @@ class Health:
     warned: set[str] = field(default_factory=set)
     first_entropy: float | None = None
     norms: list[float] = field(default_factory=list)
+    lasted: dict[str, int] = field(default_factory=dict)
 
     def check(self, metrics: dict[str, Any]) -> list[str]:
         """New warnings for this step."""
@@ -42,13 +45,13 @@ class Health:
             )
         if metrics.get("skipped_steps"):
             yield "non-finite", "a loss or gradient was not finite and its step was skipped: lower --learning-rate"
-        yield from self._entropy(metrics.get("entropy"))
-        if (metrics.get("truncated_share") or 0.0) > TOO_MANY:
+        yield from self._entropy(metrics.get("entropy"), metrics.get("acceptance"))
+        if self._lasts(metrics, "truncated_share"):
             yield (
                 "length",
                 "more than half of the responses hit --max-response-length without ending: raise it, or check the stop tokens",
             )
-        if (metrics.get("outlier_share") or 0.0) > TOO_MANY:
+        if self._lasts(metrics, "outlier_share"):
             yield (
                 "outliers",
                 "more than half of the student's tokens are outliers, so the teacher can hardly judge it: "
@@ -56,8 +59,14 @@ class Health:
             )
         yield from self._spike(metrics.get("grad_norm"))
 
-    def _entropy(self, entropy: float | None) -> Iterator[tuple[str, str]]:
-        if entropy is None:
+    def _lasts(self, metrics: dict[str, Any], name: str) -> bool:
+        """Whether a share has been over TOO_MANY for LASTING steps."""
+        above = (metrics.get(name) or 0.0) > TOO_MANY
+        self.lasted[name] = self.lasted.get(name, 0) + 1 if above else 0
+        return self.lasted[name] >= LASTING
+
+    def _entropy(self, entropy: float | None, acceptance: float | None) -> Iterator[tuple[str, str]]:
+        if entropy is None or (acceptance or 0.0) > CLOSE:
             return
         self.first_entropy = entropy if self.first_entropy is None else self.first_entropy
         if entropy < COLLAPSE_SHARE * self.first_entropy and entropy < COLLAPSE_NATS:
