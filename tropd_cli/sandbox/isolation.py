@@ -1,8 +1,9 @@
 """The walls of one box: namespaces or another user, a root of its own, resource limits. Standard library, Linux only.
 
 Three ways, best first. `namespaces`: root makes process, mount, network and IPC namespaces and the code runs as a user
-id that nobody else has. `user-namespace`: the same without being root. `other-user`: root without the right to make
-namespaces; the code runs as a user id of its own, sees the file system as that user and may reach the network.
+id that nobody else has. `user-namespace`: the same in a user namespace, without being root or as a root that may not
+make the others directly. `other-user`: root without the right to make namespaces; the code runs as a user id of its
+own, sees the file system as that user and may reach the network.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import random
 import resource
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT_MODES, USER_MODES = ("namespaces", "other-user"), ("user-namespace",)
+ROOT_MODES, USER_MODES = ("namespaces", "user-namespace", "other-user"), ("user-namespace",)
 NOBODY = 65534
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
@@ -51,7 +53,7 @@ def prctl(option: int, value: int = 0) -> None:
 
 
 def modes() -> tuple[str, ...]:
-    """The ways worth trying as this user. In a user namespace of root's the code would still be root outside it."""
+    """The ways worth trying as this user, best first."""
     return ROOT_MODES if os.geteuid() == 0 else USER_MODES
 
 
@@ -69,12 +71,46 @@ def enter_namespaces(mode: str) -> None:
     """Leaves the machine's namespaces; the process id namespace begins with the next child."""
     flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     user, group = os.geteuid(), os.getegid()
-    call("unshare", flags | (CLONE_NEWUSER if mode == "user-namespace" else 0))
-    if mode == "user-namespace":
+    if mode == "namespaces":
+        call("unshare", flags)
+    elif user == 0:
+        with mapped_by_a_child(unused_user_id()):
+            call("unshare", flags | CLONE_NEWUSER)
+    else:
+        call("unshare", flags | CLONE_NEWUSER)
         with contextlib.suppress(FileNotFoundError):
             Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{NOBODY} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{NOBODY} {group} 1")
+
+
+@contextlib.contextmanager
+def mapped_by_a_child(user: int) -> Iterator[None]:
+    """Root's user namespace, to be unshared inside: root builds the box, and the code is `user` to the machine.
+
+    The kernel limits no process count for the machine's root, whatever the namespace calls it, so the code needs a
+    second id, and two ids can be mapped only from outside the namespace: by a child that stays there.
+    """
+    reader, writer = os.pipe()
+    process = os.getpid()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(writer)
+            os.read(reader, 1)
+            for kind in ("uid_map", "gid_map"):
+                Path(f"/proc/{process}/{kind}").write_text(f"0 0 1\n{NOBODY} {user} 1\n")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(reader)
+    try:
+        yield
+    finally:
+        os.close(writer)
+        _, status = os.waitpid(child, 0)
+    if status:
+        raise PermissionError(f"user id {user} could not be mapped into the user namespace")
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
@@ -152,17 +188,17 @@ def limit_resources(limits: dict[str, Any]) -> None:
 
 
 def drop_privileges(mode: str, user: int) -> None:
-    """No capability, no way to regain one, and in two of the three ways a user id of its own. Cannot be undone."""
+    """No capability, no way to regain one, and a user id of its own wherever root built the box. Cannot be undone."""
     if mode == "user-namespace":
-        header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
         for capability in range(64):
             with contextlib.suppress(OSError):
                 prctl(PR_CAPBSET_DROP, capability)
-        call("capset", header, struct.pack("6I", *[0] * 6))
-    else:
+    if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
+    if mode == "user-namespace":
+        call("capset", struct.pack("Ii", CAPABILITY_VERSION_3, 0), struct.pack("6I", *[0] * 6))
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    if mode != "user-namespace" and 0 in os.getresuid():
+    if 0 in os.getresuid():
         raise PermissionError("still running as root")
