@@ -91,6 +91,7 @@ class Config(Section):
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     teacher_device: str = "auto"
     gradient_checkpointing: bool = False
+    padding_free: bool = True
     micro_batch_tokens: Count | None = None
     rollout_batch_tokens: Count | None = None
     num_processes: Count = 1
@@ -112,7 +113,7 @@ class Config(Section):
 
 #: The only keys that may change when a run is resumed.
 RESUMABLE = frozenset(
-    "steps num_processes micro_batch_tokens rollout_batch_tokens log_with threads hang_timeout plugin output".split()
+    "steps num_processes padding_free micro_batch_tokens rollout_batch_tokens log_with threads hang_timeout plugin output".split()
 )
 
 

@@ -60,7 +60,7 @@ class CreditLoss(nn.Module):
     def forward(self, batch: TokenBatch, scores: Scores, request: CreditRequest) -> tuple[Tensor, Record]:
         """Returns (loss summed over the tokens / num_tokens, record of detached [N] tensors)."""
         student = self._student[0]
-        hidden = response_hidden(student, batch.inputs, batch.predicts)
+        hidden = response_hidden(student, batch)
         head = student.head
         job = _Job(head, batch, scores, request, self.temperature, self.chunk_tokens)
         if request.credit_of is None:

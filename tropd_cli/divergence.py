@@ -31,9 +31,9 @@ def token_divergences(
     they carry mass; they are compared on the smaller width.
     """
     with student_context():
-        hidden = response_hidden(student, batch.inputs, batch.predicts)
+        hidden = response_hidden(student, batch)
     elsewhere = batch.to(teacher.device)
-    teacher_hidden = response_hidden(teacher, elsewhere.teacher_inputs, elsewhere.teacher_predicts)
+    teacher_hidden = response_hidden(teacher, elsewhere, as_teacher=True)
     width = min(student.vocabulary, teacher.vocabulary)
     parts: dict[str, list[Tensor]] = {}
     for where in chunk_slices(len(batch), max(student.vocabulary, teacher.vocabulary), hidden.device, chunk_tokens):

@@ -98,8 +98,8 @@ def divergence_batches(
 ) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
     """`token_divergences` of a rollout, micro-batch by micro-batch. Nothing for responses without tokens."""
     lengths = row_lengths(rollout) if len(rollout) else []
-    for rows in plan_micro_batches(lengths, token_budget):
-        batch = token_batch(rollout, rows, pad_id=pair.vocabulary.pad_id).to(pair.device)
+    for rows in plan_micro_batches(lengths, token_budget, packed=pair.packs):
+        batch = token_batch(rollout, rows, pad_id=pair.vocabulary.pad_id, packed=pair.packs).to(pair.device)
         if len(batch):
             values = token_divergences(
                 pair.student, pair.teacher, batch, temperature=temperature, student_context=pair.autocast

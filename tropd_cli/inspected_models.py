@@ -183,7 +183,7 @@ class ModelInspector:
 
         def attempt(token_budget: int) -> Block:
             done = Block(block.rollout, block.given)
-            for rows in plan_micro_batches(lengths, token_budget):
+            for rows in plan_micro_batches(lengths, token_budget, packed=self.pair.packs):
                 self._observe(done, rows)
             return done
 
@@ -197,7 +197,7 @@ class ModelInspector:
         """One micro-batch: the teacher's scores, then one student forward in which every strategy sees every chunk."""
         c, pair = self.config, self.pair
         options = ScoringOptions(c.temperature, pair.vocabulary.allowed, rank=True)
-        batch = token_batch(block.rollout, rows, pad_id=pair.vocabulary.pad_id).to(pair.device)
+        batch = token_batch(block.rollout, rows, pad_id=pair.vocabulary.pad_id, packed=pair.packs).to(pair.device)
         scores = score_teacher(pair.teacher, batch.to(pair.teacher.device), self.needs, options).to(pair.device)
         if pair.reference is not None:
             logprob = score_reference(pair.reference, batch.to(pair.reference.device), options)

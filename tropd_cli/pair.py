@@ -28,6 +28,7 @@ from .models import (
     resolve_device,
     shared_vocabulary,
 )
+from .packing import enable_packing
 
 DEMO_MODELS = {"demo:student": demo.STUDENT, "demo:teacher": demo.TEACHER}
 #: A line any tokenizer can read: what the start-up checks run on.
@@ -36,7 +37,8 @@ CHECK_TEXT = "The answer to 12 + 34 is 46, so we are done."
 
 @dataclass
 class Pair:
-    """The models of a run. `autocast` is the context in which the student computes."""
+    """The models of a run. `autocast` is the context in which the student computes; `packs`: whether all of them take
+    sequences end to end instead of padded."""
 
     student: LanguageModel
     teacher: LanguageModel
@@ -46,6 +48,7 @@ class Pair:
     prompt_format: PromptFormat
     device: torch.device
     compute_dtype: torch.dtype
+    packs: bool = False
 
     @property
     def autocast(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
@@ -80,6 +83,11 @@ def load_pair(config: Config, needs: Needs) -> Pair:
     for model in (student, teacher):
         check_head(model, ids, tolerance=head_tolerance(model))
     reference = load_reference(config, student, tokenizer, ids) if needs.reference_logprob else None
+    packs = config.padding_free and all(
+        enable_packing(model.model, model.backbone, ids, tolerance=hidden_tolerance(model))
+        for model in (student, teacher, reference)
+        if model is not None
+    )
     student = made_trainable(config, student)
     template = config.teacher_chat_template
     if template not in (None, "own"):
@@ -93,7 +101,7 @@ def load_pair(config: Config, needs: Needs) -> Pair:
         shared=vocabulary.allowed,
         teacher_vocabulary=teacher.vocabulary,
     )
-    return Pair(student, teacher, reference, tokenizer, vocabulary, prompt_format, device, compute)
+    return Pair(student, teacher, reference, tokenizer, vocabulary, prompt_format, device, compute, packs)
 
 
 def made_trainable(config: Config, student: LanguageModel) -> LanguageModel:
@@ -141,6 +149,11 @@ def frozen(config: Config, name: str, role: str, revision: str | None) -> Langua
     model = load_model(name, role=role, dtype=dtype, device=device, revision=revision)
     model.model.eval().requires_grad_(False)
     return model
+
+
+def hidden_tolerance(model: LanguageModel) -> float:
+    """By which part of the largest hidden state two ways to the same one may differ in the model's dtype."""
+    return 1e-4 if next(model.model.parameters()).dtype == torch.float32 else 0.05
 
 
 def head_tolerance(model: LanguageModel) -> float:

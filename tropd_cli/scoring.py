@@ -15,6 +15,7 @@ from strategies import Needs
 
 from .batching import TokenBatch
 from .models import Head, LanguageModel
+from .packing import packed_hidden
 
 #: Size of one [c, V] float32 chunk in bytes. On CPUs larger chunks fall out of the cache; on GPUs small ones waste it.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
@@ -68,11 +69,18 @@ def chunk_buffers(slices: list[slice], hidden: Tensor, vocabulary: int) -> tuple
     return hidden.new_empty((rows, vocabulary), dtype=dtype), hidden.new_empty((rows, vocabulary), dtype=dtype)
 
 
-def response_hidden(language_model: LanguageModel, inputs: Tensor, predicts: Tensor) -> Tensor:
-    """[N, H] hidden states that predict the response tokens. Right padding needs no attention mask: causal rows never
-    see it."""
-    hidden = language_model.backbone(input_ids=inputs, use_cache=False).last_hidden_state
-    return hidden.reshape(-1, hidden.shape[-1])[predicts]
+def response_hidden(language_model: LanguageModel, batch: TokenBatch, *, as_teacher: bool = False) -> Tensor:
+    """[N, H] hidden states that predict the response tokens, after the student's or the teacher's prompt. Right padding
+    needs no attention mask: causal rows never see it."""
+    inputs = batch.teacher_inputs if as_teacher else batch.inputs
+    lengths = batch.teacher_lengths if as_teacher else batch.lengths
+    backbone = language_model.backbone
+    hidden: Tensor = (
+        backbone(input_ids=inputs, use_cache=False).last_hidden_state
+        if lengths is None
+        else packed_hidden(backbone, inputs, lengths)
+    )
+    return hidden.reshape(-1, hidden.shape[-1])[batch.teacher_predicts if as_teacher else batch.predicts]
 
 
 @torch.no_grad()
@@ -83,7 +91,7 @@ def score_teacher(teacher: LanguageModel, batch: TokenBatch, needs: Needs, optio
         needs: teacher_entropy, teacher_top_k and full_distribution are looked at; teacher_logprob always comes.
     """
     head = teacher.head
-    hidden = response_hidden(teacher, batch.teacher_inputs, batch.teacher_predicts)
+    hidden = response_hidden(teacher, batch, as_teacher=True)
     k = min(needs.teacher_top_k, int(options.allowed.sum()))
     forbidden = _forbidden(options.allowed, teacher.vocabulary, hidden.device)
     parts: dict[str, list[Tensor]] = {}
@@ -126,7 +134,7 @@ def score_teacher(teacher: LanguageModel, batch: TokenBatch, needs: Needs, optio
 def score_reference(reference: LanguageModel, batch: TokenBatch, options: ScoringOptions) -> Tensor:
     """[N] log-probability of every sampled token under the reference model, which sees the student's prompt."""
     head = reference.head
-    hidden = response_hidden(reference, batch.inputs, batch.predicts)
+    hidden = response_hidden(reference, batch)
     parts = [hidden.new_zeros(0, dtype=torch.float32)]
     for where in chunk_slices(len(batch), reference.vocabulary, hidden.device, options.chunk_tokens):
         logits = head(hidden[where]) / options.temperature

@@ -146,14 +146,14 @@ def score(t: Training, rollout: Rollout, token_budget: int) -> ScoredRollout:
     """Micro-batches with the frozen models' scores. Every process makes the same number of micro-batches."""
     started = time.perf_counter()
     t.watch.beat(f"scoring step {t.completed + 1}")
-    plan = plan_micro_batches(row_lengths(rollout), token_budget)
+    plan = plan_micro_batches(row_lengths(rollout), token_budget, packed=t.pair.packs)
     plan += [[] for _ in range(max(gather_object([len(plan)])) - len(plan))]
     recorded = is_recorded(t)
     observed = Needs(teacher_entropy=True, teacher_top_k=t.config.record.top_k) if recorded else Needs()
     options = ScoringOptions(t.config.temperature, t.pair.vocabulary.allowed, rank=recorded)
     batches, scores = [], []
     for rows in plan:
-        batch = token_batch(rollout, rows, pad_id=t.pair.vocabulary.pad_id).to(t.pair.device)
+        batch = token_batch(rollout, rows, pad_id=t.pair.vocabulary.pad_id, packed=t.pair.packs).to(t.pair.device)
         teacher, reference = t.pair.teacher, t.pair.reference
         s = score_teacher(teacher, batch.to(teacher.device), t.needs | observed, options).to(t.pair.device)
         if reference is not None:

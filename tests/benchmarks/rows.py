@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tropd_cli.commands import DEMO_PRESET
+from tropd_cli.config import merge
 from tropd_cli.presets import PRESETS
 
 LEARNING_RATES = (2e-4, 5e-4, 1e-3)  #: every row gets its own best of these
@@ -16,7 +17,7 @@ FEW, MANY = 3, 5  #: seeds per row
 
 @dataclass(frozen=True)
 class Row:
-    """One method: a layer of configuration, and on how many seeds it is run."""
+    """One method: a layer of configuration, and on how many seeds it is run; 0 is in a study of its own."""
 
     name: str
     config: dict[str, Any]
@@ -64,9 +65,10 @@ ROWS = {
         *(Row(name, preset.config, MANY if name in OFTEN else FEW) for name, preset in PRESETS.items()),
         Row("mask-acceptance", _layer(_trust_region("mask")), MANY),
         Row("clip-acceptance", _layer(_trust_region("clip")), MANY),
-        Row("tropd-soft", _layer(_trust_region("forward-kl", "soft"), guidance=True), MANY),
-        Row("soft", _layer(_trust_region("forward-kl", "soft")), MANY),
-        Row("fkl-as-reward", _layer({"name": "fkl", "as_reward": True})),
+        Row("tropd-min-prefix", merge(PRESETS["tropd"].config, {"guidance": {"length": "min"}})),
+        Row("tropd-soft", _layer(_trust_region("forward-kl", "soft"), guidance=True)),
+        Row("soft", _layer(_trust_region("forward-kl", "soft"))),
+        Row("fkl-as-reward", _layer({"name": "fkl", "as_reward": True}), 0),
         Row("gkd", _layer({"name": "gkd"}), MANY),
         Row("opd-plus", _layer({"name": "opd-plus"})),
         Row("top-d", _layer({"name": "top-d"})),

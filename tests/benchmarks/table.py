@@ -2,10 +2,10 @@
 
 One JSON line per finished run, so that it can be stopped and started again at any time; what is there is not repeated.
 Each row first gets its own best learning rate out of the same three, on a seed that no reported number uses, and then
-runs on its seeds. About 1.5 minutes a run on two idle cores.
+runs on its seeds. About a CPU-minute a run; with one thread each, one process per task uses two cores best.
 
     python -m tests.benchmarks.astray models                    # the second task's teacher, once
-    python -m tests.benchmarks.table --models models            # everything: some 450 runs
+    python -m tests.benchmarks.table --models models            # everything: some 340 runs
     python -m tests.benchmarks.table --tasks demo --rows opd,tropd --seeds 0,1,2 --steps 20
     python -m tests.benchmarks.table --render                   # only rewrite the page
 """
@@ -223,9 +223,9 @@ def run_missing(runs: Iterable[Run], done: list[Result], models: Path, file: Pat
 
 
 def chosen(names: str | None, known: dict[str, Any]) -> list[Any]:
-    """The named ones, or all. Raises typer.BadParameter for an unknown name."""
+    """The named ones, or all that have seeds. Raises typer.BadParameter for an unknown name."""
     if names is None:
-        return list(known.values())
+        return [item for item in known.values() if getattr(item, "seeds", 1)]
     unknown = [name for name in names.split(",") if name not in known]
     if unknown:
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}. Known: {', '.join(known)}")
