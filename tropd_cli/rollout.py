@@ -13,13 +13,24 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from strategies.guidance import prefix_limit
 
 from .data import Prompt
 from .models import LanguageModel, Vocabulary
 from .randomness import inverse_cdf, nucleus, uniform
+
+#: Cache layers whose rows are independent tensors slices.
+ROWWISE = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,18 @@ class RowLimit(StoppingCriteria):
         return input_ids.shape[1] >= self.limit
 
 
+class MostlyDone(StoppingCriteria):
+    """Stops the whole batch as soon as half of its rows are done, so that the others can go on without them."""
+
+    def __init__(self, limit: RowLimit, stop_ids: Tensor):
+        self.limit, self.stop_ids = limit, stop_ids
+        self.done = torch.zeros_like(limit.limit, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        self.done = self.done | torch.isin(input_ids[:, -1], self.stop_ids) | self.limit(input_ids, scores)
+        return self.done | (2 * self.done.sum() >= len(self.done))
+
+
 @dataclass
 class TransformersGenerator:
     """`generate` of transformers, batched by a token budget, longest context first.
@@ -130,7 +153,7 @@ class TransformersGenerator:
 
     def __call__(self, requests: Sequence[Request]) -> list[list[int]]:
         results: list[list[int]] = [list(r.prefix_ids) for r in requests]
-        open_rows = [i for i, r in enumerate(requests) if not self._is_complete(r)]
+        open_rows = [i for i, r in enumerate(requests) if not self._is_complete(r.prefix_ids, r)]
         open_rows.sort(key=lambda i: (-_longest(requests[i]), -len(requests[i].prefix_ids), i))
         while open_rows:
             count = max(1, self.token_budget // _longest(requests[open_rows[0]]))
@@ -139,42 +162,90 @@ class TransformersGenerator:
                 results[index] = response
         return results
 
-    def _is_complete(self, request: Request) -> bool:
-        """A prefix that ends the response or fills it has no continuation."""
-        prefix = request.prefix_ids
-        return len(prefix) >= request.max_length or bool(prefix and prefix[-1] in self.vocabulary.stop_ids)
+    def _is_complete(self, response: list[int], request: Request) -> bool:
+        """Whether it ends in a stop id or is as long as it may be."""
+        return len(response) >= request.max_length or bool(response and response[-1] in self.vocabulary.stop_ids)
 
     @torch.no_grad()
     def _generate(self, requests: list[Request]) -> list[list[int]]:
-        model = self.language_model.model
-        device = self.language_model.device
+        """Responses of one batch. Rows leave it when they are done: `generate` runs until most are, then goes on with
+        the cache of the others. Contexts that several rows share are read once."""
+        model, device = self.language_model.model, self.language_model.device
         contexts = [r.prompt_ids + r.prefix_ids for r in requests]
         width = max(map(len, contexts))
-        ids = torch.full((len(contexts), width), self.vocabulary.pad_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, context in enumerate(contexts):
-            ids[row, width - len(context) :] = torch.tensor(context)
-            mask[row, width - len(context) :] = 1
-        sampling = KeyedSampling(
-            requests, width, (self.seed, self.stream), self.temperature, self.vocabulary.allowed.to(device), self.top_p
-        )
+        responses: list[list[int]] = [[] for _ in requests]
+        rows = list(range(len(requests)))
         was_training = model.training
         model.eval()
         try:
             with self.context():
-                output = model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    generation_config=exact_sampling_config(
-                        max(r.max_length - len(r.prefix_ids) for r in requests), self.vocabulary
-                    ),
-                    logits_processor=LogitsProcessorList([sampling]),
-                    stopping_criteria=StoppingCriteriaList([RowLimit(requests, width, device)]),
-                )
+                ids, mask = left_padded(contexts, self.vocabulary.pad_id, device)
+                cache = self._prefilled(contexts)
+                while rows:
+                    open_requests = [requests[row] for row in rows]
+                    written, cache = self._continued(ids, mask, cache, open_requests, width)
+                    for row, tokens in zip(rows, written[:, width:].tolist(), strict=True):
+                        responses[row] = requests[row].prefix_ids + self._cut(tokens, requests[row])
+                    still = [n for n, row in enumerate(rows) if not self._is_complete(responses[row], requests[row])]
+                    if still:
+                        assert cache is not None
+                        rows, kept = [rows[n] for n in still], torch.tensor(still, device=device)
+                        cache.batch_select_indices(kept)
+                        ids, mask = written[kept], mask[kept]
+                        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+                    else:
+                        rows = []
         finally:
             model.train(was_training)
-        written = output[:, width:].tolist()
-        return [r.prefix_ids + self._cut(row, r) for r, row in zip(requests, written, strict=True)]
+        return responses
+
+    def _continued(
+        self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, requests: list[Request], width: int
+    ) -> tuple[Tensor, DynamicCache | None]:
+        """`generate` from where the cache ends. Returns (ids with the new tokens, their cache)."""
+        device = ids.device
+        allowed = self.vocabulary.allowed.to(device)
+        limit = RowLimit(requests, width, device)
+        stopping = StoppingCriteriaList([limit])
+        if cache is not None:
+            stopping.append(MostlyDone(limit, torch.tensor(self.vocabulary.stop_ids, device=device)))
+        output = self.language_model.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=exact_sampling_config(int(limit.limit.max()) - ids.shape[1], self.vocabulary),
+            logits_processor=LogitsProcessorList(
+                [KeyedSampling(requests, width, (self.seed, self.stream), self.temperature, allowed, self.top_p)]
+            ),
+            stopping_criteria=stopping,
+        )
+        return output, cache
+
+    def _prefilled(self, contexts: list[list[int]]) -> DynamicCache | None:
+        """The cache of all contexts but their last tokens, every different one computed once; empty where none is
+        shared. None for models whose cache cannot be cut row by row."""
+        language_model = self.language_model
+        cache = DynamicCache(config=language_model.base.config.get_text_config(decoder=True))
+        if (
+            not language_model.base._supports_default_dynamic_cache()
+            or not {type(layer) for layer in cache.layers} <= ROWWISE
+        ):
+            return None
+        different = list(dict.fromkeys(map(tuple, contexts)))
+        if len(different) < len(contexts) and max(map(len, contexts)) > 1:
+            ids, mask = left_padded(different, self.vocabulary.pad_id, language_model.device)
+            mask = mask[:, :-1]
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)
+            language_model.backbone(
+                input_ids=ids[:, :-1],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            place = {context: number for number, context in enumerate(different)}
+            cache.batch_select_indices(torch.tensor([place[tuple(c)] for c in contexts], device=language_model.device))
+        return cache
 
     def _cut(self, written: list[int], request: Request) -> list[int]:
         """Up to and including the first stop id, and never beyond the row's own limit. Lengths, not pads, decide."""
@@ -182,6 +253,17 @@ class TransformersGenerator:
             if token in self.vocabulary.stop_ids:
                 return written[: position + 1]
         return written[: request.max_length - len(request.prefix_ids)]
+
+
+def left_padded(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask) [rows, longest], int64."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, width - len(sequence) :] = torch.tensor(sequence)
+        mask[row, width - len(sequence) :] = 1
+    return ids.to(device), mask.to(device)
 
 
 def exact_sampling_config(max_new_tokens: int, vocabulary: Vocabulary) -> GenerationConfig:

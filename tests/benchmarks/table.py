@@ -1,8 +1,8 @@
 """Every method on every task, several seeds each: `python -m tests.benchmarks.table` fills docs/benchmarks.md.
 
 One JSON line per finished run, so that it can be stopped and started again at any time; what is there is not repeated.
-Each row first gets its own best learning rate out of the same three, on a seed that no reported number uses, and then
-runs on its seeds. About a CPU-minute a run; with one thread each, one process per task uses two cores best.
+Each row first gets its own best learning rate out of the same three, in runs of half the length on a seed that no
+reported number uses, and then runs on its seeds. About a CPU-minute a run; with one thread each, one process per task uses two cores best.
 
     python -m tests.benchmarks.astray models                    # the second task's teacher, once
     python -m tests.benchmarks.table --models models            # everything: some 340 runs
@@ -109,11 +109,12 @@ def _mean_of(rows: list[dict[str, Any]], key: str) -> float | None:
 
 
 def best_learning_rate(task: str, row: str, steps: int, results: list[Result]) -> float | None:
-    """The one with the highest accuracy on the tuning seed, the smaller one of equals; None until all have run."""
+    """The one with the highest accuracy after half of `steps` on the tuning seed, the smaller one of equals; None until
+    all have run."""
     found = {
         r["learning_rate"]: -1.0 if r["accuracy"] is None else r["accuracy"]
         for r in results
-        if (r["task"], r["row"], r["steps"], r["seed"]) == (task, row, steps, TUNING_SEED)
+        if (r["task"], r["row"], r["steps"], r["seed"]) == (task, row, steps // 2, TUNING_SEED)
     }
     if not found.keys() >= set(LEARNING_RATES):
         return None
@@ -126,7 +127,7 @@ def wanted(
     """Tuning runs first, then seed after seed over all rows, so that a half-finished table is already a fair one."""
     for task in tasks:
         for row in rows:
-            yield from (Run(task.name, row.name, TUNING_SEED, rate, steps) for rate in LEARNING_RATES)
+            yield from (Run(task.name, row.name, TUNING_SEED, rate, steps // 2) for rate in LEARNING_RATES)
     for seed in range(max(row.seeds for row in rows)) if seeds is None else seeds:
         for task in tasks:
             for row in rows:
