@@ -90,6 +90,30 @@ def test_a_row_gets_the_same_tokens_alone_in_a_batch_and_after_its_own_prefix() 
     assert continued == together
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gemma", "cohere"])
+def test_leaving_rows_and_shared_contexts_change_no_token(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(kind, dtype=torch.float64)
+    prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+    requests = [
+        Request(prompts[slot], [4, 3][:slot], limit, (0, slot, sample))
+        for slot in range(3)
+        for sample, limit in enumerate((3, 100, 5, 9))
+    ]
+    seen: list[tuple[int, ...]] = []
+    model.backbone.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    written = generator(model)(requests)
+    assert seen[0] == (3, 5), "every different context once, but for its last token"
+    assert seen[1] == (12, 1)
+    sizes = [rows for rows, _ in seen[1:]]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 2 and len(set(sizes)) >= 3
+    monkeypatch.setattr("tropd_cli.rollout.ROWWISE", frozenset())  # as for a model with another kind of cache
+    seen.clear()
+    assert generator(model)(requests) == written
+    assert {rows for rows, _ in seen} == {12}
+
+
 def test_rows_stop_at_their_own_limit_and_complete_prefixes_get_no_continuation() -> None:
     model = tiny_model("qwen")
     ended, full = [9, 1], [9, 8, 7]

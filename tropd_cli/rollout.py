@@ -29,7 +29,7 @@ from .data import Prompt
 from .models import LanguageModel, Vocabulary
 from .randomness import inverse_cdf, nucleus, uniform
 
-#: Cache layers whose rows are independent tensors slices.
+#: Cache layers whose rows can be taken apart.
 ROWWISE = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
@@ -116,8 +116,8 @@ class RowLimit(StoppingCriteria):
         return input_ids.shape[1] >= self.limit
 
 
-class MostlyDone(StoppingCriteria):
-    """Stops the whole batch as soon as half of its rows are done, so that the others can go on without them."""
+class PartlyDone(StoppingCriteria):
+    """Stops the whole batch as soon as a quarter of its rows are done, so that the others can go on without them."""
 
     def __init__(self, limit: RowLimit, stop_ids: Tensor):
         self.limit, self.stop_ids = limit, stop_ids
@@ -125,7 +125,7 @@ class MostlyDone(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         self.done = self.done | torch.isin(input_ids[:, -1], self.stop_ids) | self.limit(input_ids, scores)
-        return self.done | (2 * self.done.sum() >= len(self.done))
+        return self.done | (4 * self.done.sum() >= len(self.done))
 
 
 @dataclass
@@ -168,8 +168,8 @@ class TransformersGenerator:
 
     @torch.no_grad()
     def _generate(self, requests: list[Request]) -> list[list[int]]:
-        """Responses of one batch. Rows leave it when they are done: `generate` runs until most are, then goes on with
-        the cache of the others. Contexts that several rows share are read once."""
+        """Responses of one batch. Rows leave it when they are done: `generate` runs until a quarter is, then goes on
+        with the cache of the others. Contexts that several rows share are read once."""
         model, device = self.language_model.model, self.language_model.device
         contexts = [r.prompt_ids + r.prefix_ids for r in requests]
         width = max(map(len, contexts))
@@ -208,7 +208,7 @@ class TransformersGenerator:
         limit = RowLimit(requests, width, device)
         stopping = StoppingCriteriaList([limit])
         if cache is not None:
-            stopping.append(MostlyDone(limit, torch.tensor(self.vocabulary.stop_ids, device=device)))
+            stopping.append(PartlyDone(limit, torch.tensor(self.vocabulary.stop_ids, device=device)))
         output = self.language_model.model.generate(
             input_ids=ids,
             attention_mask=mask,
