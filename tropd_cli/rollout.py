@@ -20,6 +20,7 @@ from strategies.guidance import prefix_limit
 from .data import Prompt
 from .models import LanguageModel, Vocabulary
 from .randomness import inverse_cdf, nucleus, uniform
+from .sharding import in_step
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class TransformersGenerator:
         token_budget: most tokens (rows x longest possible row) in one batch.
         context: a context manager around generation (autocast).
         top_p: below 1 cuts the tail off (evaluation only: training needs samples of q itself).
+        sharded: every forward takes all processes, so all of them make as many batches and as many steps in each.
     """
 
     language_model: LanguageModel
@@ -127,24 +129,39 @@ class TransformersGenerator:
     token_budget: int
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     top_p: float = 1.0
+    sharded: bool = False
 
     def __call__(self, requests: Sequence[Request]) -> list[list[int]]:
         results: list[list[int]] = [list(r.prefix_ids) for r in requests]
         open_rows = [i for i, r in enumerate(requests) if not self._is_complete(r)]
         open_rows.sort(key=lambda i: (-_longest(requests[i]), -len(requests[i].prefix_ids), i))
+        plan: list[list[int]] = []
         while open_rows:
             count = max(1, self.token_budget // _longest(requests[open_rows[0]]))
-            batch, open_rows = open_rows[:count], open_rows[count:]
-            for index, response in zip(batch, self._generate([requests[i] for i in batch]), strict=True):
+            plan.append(open_rows[:count])
+            open_rows = open_rows[count:]
+        if self.sharded:
+            plan = in_step(plan)
+        if plan:
+            for index, response in self.language_model.run(lambda: self._written(plan, requests)):
                 results[index] = response
         return results
+
+    @torch.no_grad()
+    def _written(self, plan: list[list[int]], requests: Sequence[Request]) -> list[tuple[int, list[int]]]:
+        """(number of the request, response), batch by batch. A batch without rows is one token that nobody asked for."""
+        idle = Request([self.vocabulary.stop_ids[0]], [], 1, (0, 0, 0))
+        pairs: list[tuple[int, list[int]]] = []
+        for batch in plan:
+            responses = self._generate([requests[i] for i in batch] or [idle])
+            pairs += zip(batch, responses, strict=bool(batch))
+        return pairs
 
     def _is_complete(self, request: Request) -> bool:
         """A prefix that ends the response or fills it has no continuation."""
         prefix = request.prefix_ids
         return len(prefix) >= request.max_length or bool(prefix and prefix[-1] in self.vocabulary.stop_ids)
 
-    @torch.no_grad()
     def _generate(self, requests: list[Request]) -> list[list[int]]:
         model = self.language_model.model
         device = self.language_model.device
@@ -170,6 +187,7 @@ class TransformersGenerator:
                     ),
                     logits_processor=LogitsProcessorList([sampling]),
                     stopping_criteria=StoppingCriteriaList([RowLimit(requests, width, device)]),
+                    synced_gpus=self.sharded,
                 )
         finally:
             model.train(was_training)
