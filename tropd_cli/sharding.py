@@ -18,7 +18,13 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import Config
@@ -74,7 +80,7 @@ def with_launcher_options(config: Config) -> Config:
     if version != "2":
         raise UserError(f"accelerate asks for FSDP version {version}; tropd shards with version 2. Set fsdp_version: 2")
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    if plugin.cpu_offload:
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise UserError(
             "accelerate asks for fsdp_offload_params, which tropd does not do. Set it to false; more processes, "
             "--lora-rank or gradient_checkpointing: true save memory too"
