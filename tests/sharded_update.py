@@ -1,73 +1,92 @@
-"""What two processes run to compare a student under torch's fully_shard with a whole one: updates, and sampling."""
+"""What two processes run to compare a student and a teacher in pieces with whole ones: sampling, updates, measuring."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+import transformers
+from torch.distributed.tensor import DTensor
 
-from strategies import STRATEGIES, Needs
-from tropd_cli.batching import token_batch
-from tropd_cli.credit_loss import CreditLoss, CreditRequest
-from tropd_cli.crediting import region_uniforms, token_credit
-from tropd_cli.rollout import Request, Rollout, TransformersGenerator
-from tropd_cli.scoring import ScoringOptions, score_teacher
+from strategies import STRATEGIES
+from tropd_cli.divergence import token_divergences
+from tropd_cli.heldout import divergence_batches
+from tropd_cli.models import LanguageModel
+from tropd_cli.rollout import Request, TransformersGenerator
 
-from .split_update import share
-from .tiny import random_rollout, tiny_model, tiny_vocabulary
+from .split_update import share, training, two_updates_per_rollout
+from .tiny import random_rollout, tiny_vocabulary
 
-STEPS = 3
-
-
-def gradient_step(
-    module: CreditLoss, optimizer: torch.optim.Optimizer, rollout: Rollout, mine: Rollout, count: int
-) -> None:
-    """An update of trust-region on this process's rows."""
-    strategy = STRATEGIES.build({"name": "trust-region", "outlier": {"name": "forward-kl", "top_k": 5}})
-    teacher = tiny_model("llama", seed=5, dtype=torch.float64)
-    needs = strategy.needs | Needs(teacher_logprob=True, student_entropy=True)
-    batch = token_batch(mine, range(len(mine)), pad_id=0)
-    scores = score_teacher(teacher, batch, needs, ScoringOptions(1.0, tiny_vocabulary().allowed))
-    request = CreditRequest(needs=needs, num_tokens=int(rollout.mask.sum()), uniforms=region_uniforms(0, batch))
-    loss, _ = module(batch, scores, replace(request, credit_of=token_credit(strategy, 0.001)))
-    (loss * count).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+#: (model, LoRA, strategy, shard): untied, tied, tied with another head than a bare matrix; every way a head is read.
+CASES = [
+    ("llama", False, "trust-region", "full"),
+    ("qwen", False, "gkd", "grad_op"),
+    ("gemma", False, "trust-region", "full"),
+    ("llama", True, "reopold", "grad_op"),
+    ("qwen", True, "trust-region", "full"),
+]
+#: Rows of very different length on the first process, none on the second.
+REQUESTS = [[([3, 5, 7], 6), ([4], 1), ([9, 2], 9)], []]
 
 
-def sampled(module: CreditLoss, student: Any) -> list[list[int]]:
-    generator = TransformersGenerator(
-        student, tiny_vocabulary(), seed=0, stream="student", temperature=1.0, token_budget=99
+def sampled(model: LanguageModel, requests: list[Any], *, sharded: bool) -> list[list[int]]:
+    write = TransformersGenerator(
+        model, tiny_vocabulary(), seed=0, stream="student", temperature=1.0, token_budget=20, sharded=sharded
     )
-    return generator([Request([3 + i, 5, 7], [], 10, (0, i, 0)) for i in range(4)])
+    return write([Request(prompt, [], length, (0, i, 0)) for i, (prompt, length) in enumerate(requests)])
 
 
-def compare() -> None:
-    """The same updates on a whole student and on a sharded one."""
-    dist.init_process_group("gloo")
-    rank, count = dist.get_rank(), dist.get_world_size()
-    whole, student = (tiny_model("llama", seed=0, dtype=torch.float64) for _ in range(2))
-    module, sharded = CreditLoss(whole), CreditLoss(student)
-    mesh = init_device_mesh("cpu", (count,))
-    for layer in student.backbone.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (module, sharded)]
-    for number in range(STEPS):
-        rollout = random_rollout([5, 9, 3, 7, 12, 4], prefix=2, seed=number)
-        gradient_step(module, optimizers[0], rollout, rollout, 1)
-        gradient_step(sharded, optimizers[1], rollout, share(rollout, rank, count), count)
-    expected = sampled(module, whole)
-    sharded.unshard()  # embedding and head; the layers gather themselves
-    tokens = sampled(sharded, student)
-    sharded.reshard()
-    assert tokens == expected, (tokens, expected)
-    for (name, value), parameter in zip(module.named_parameters(), sharded.parameters(), strict=True):
-        assert parameter.to_local().numel() < value.numel(), name
+def same_tokens(sharded: Any, reference: Any, role: str, requests: list[Any]) -> None:
+    tokens = sampled(getattr(sharded.pair, role), requests, sharded=True)
+    expected = sampled(getattr(reference.pair, role), requests, sharded=False)
+    assert tokens == expected, (role, tokens, expected)
+
+
+def same_divergences(sharded: Any, reference: Any) -> None:
+    """On rows of which the second process has one fewer, and so one micro-batch fewer."""
+    rollout = share(random_rollout([5, 9, 3, 7, 12], seed=3), dist.get_rank(), 2)
+    for batch, values in divergence_batches(sharded.pair, rollout, temperature=1.0, token_budget=16):
+        expected = token_divergences(reference.pair.student, reference.pair.teacher, batch)
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-11)
+
+
+def in_pieces(t: Any) -> None:
+    for module in (t.module, t.pair.teacher.backbone):
+        for name, parameter in module.named_parameters():
+            assert isinstance(parameter, DTensor), name
+            assert parameter.to_local().numel() <= (parameter.numel() + 1) // 2 + parameter.shape[-1], name
+
+
+def compare(folder: Path) -> None:
+    """Everything as with whole models: tokens, metrics of every update, trained weights."""
+    transformers.logging.set_verbosity_error()
+    for kind, lora, strategy, shard in CASES:
+        assert strategy in STRATEGIES.names()
+        reference, sharded = (
+            training(strategy, lora=lora, folder=folder, kind=kind, shard=how) for how in ("none", shard)
+        )
+        in_pieces(sharded)
+        same_tokens(sharded, reference, "student", REQUESTS[dist.get_rank()])  # before any update, as the probe does
+        results = [two_updates_per_rollout(t, 20) for t in (reference, sharded)]
+        compare_updates(*results, case=f"{kind}, LoRA {lora}, {strategy}, {shard}")
+        in_pieces(sharded)
+        same_tokens(sharded, reference, "teacher" if lora else "student", REQUESTS[1 - dist.get_rank()])
+        same_divergences(sharded, reference)
+
+
+def compare_updates(reference: Any, other: Any, *, case: str) -> None:
+    """Raises AssertionError naming the case and what differs."""
+    for row, wanted in zip(other[0], reference[0], strict=True):
+        for name in ("loss", "grad_norm", "update_norm", "reverse_kl", "entropy", "outlier_share", "tokens"):
+            assert abs(row[name] - wanted[name]) <= 1e-9 * abs(wanted[name]) + 1e-11, (
+                case,
+                name,
+                row[name],
+                wanted[name],
+            )
+    for name, value in reference[1].items():
         torch.testing.assert_close(
-            parameter.full_tensor(), value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+            other[1][name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{case}, {n}: {m}"
         )

@@ -4,6 +4,7 @@ a sharded student; and whole sampled runs on one, two and changing numbers of pr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -28,6 +29,7 @@ from tropd_cli.display import Display
 from tropd_cli.models import LanguageModel, add_lora
 from tropd_cli.processes import Watch
 from tropd_cli.rollout import Rollout
+from tropd_cli.sharding import make_shards, shard_frozen, shard_student, whole
 
 from .forked import start, tropd
 from .tiny import random_rollout, tiny_model, tiny_vocabulary
@@ -53,29 +55,43 @@ def share(rollout: Rollout, rank: int, count: int) -> Rollout:
     return Rollout(**values)
 
 
-def training(name: str, *, lora: bool, folder: Path) -> Any:
+def training(name: str, *, lora: bool, folder: Path, kind: str = "llama", shard: str = "none") -> Any:
     """What the loop's update reads of a run, on tiny models in float64."""
     config = build_config(
-        {"strategy": name, "steps": 4, "learning_rate": 1e-3, "record": {"every": 0}, "dtype": "float32"}
+        {
+            "strategy": name,
+            "steps": 4,
+            "learning_rate": 1e-3,
+            "record": {"every": 0},
+            "dtype": "float32",
+            "shard": shard,
+        }
     )
-    student = tiny_model("llama", seed=0, dtype=torch.float64)
+    student = tiny_model(kind, seed=0, dtype=torch.float64)
     if lora:
         student = add_lora(student, rank=2, alpha=4, targets="all-linear")
         for parameter_name, parameter in student.model.named_parameters():
             if "lora_B" in parameter_name:  # zero at first, which would leave half of the gradients zero
                 parameter.data.normal_(generator=torch.Generator().manual_seed(len(parameter_name)))
         student = LanguageModel(student.model.double(), student.name, student.vocabulary, student.generation_config)
-    frozen = [tiny_model("llama", seed=seed, dtype=torch.float64) for seed in (5, 7)]
+    frozen = [tiny_model(kind, seed=seed, dtype=torch.float64) for seed in (5, 7)]
     for model in frozen:
         model.model.eval().requires_grad_(False)
     strategy = STRATEGIES.build(name)
     module = CreditLoss(student)
-    parameters = [p for p in module.parameters() if p.requires_grad]
     accelerator = accelerate.Accelerator(cpu=True)
-    wrapped, optimizer = accelerator.prepare(module, torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0))
+    shards = make_shards(config, accelerator)
+    if shards:
+        shard_student(module, student, shards)
+        for model in frozen:
+            shard_frozen(model, shards, torch.device("cpu"))
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    wrapped = module if shards else accelerator.prepare(module)
+    optimizer = accelerator.prepare(torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0))
     pair = SimpleNamespace(
         student=student, teacher=frozen[0], reference=frozen[1] if strategy.needs.reference_logprob else None,
-        device=torch.device("cpu"), vocabulary=tiny_vocabulary(),
+        device=torch.device("cpu"), vocabulary=tiny_vocabulary(), sharded=shards is not None,
+        autocast=contextlib.nullcontext,
     )  # fmt: skip
     return SimpleNamespace(
         config=config, strategy=strategy, needs=strategy.needs | Needs(teacher_logprob=True, student_entropy=True),
@@ -93,7 +109,7 @@ def two_updates_per_rollout(t: Any, token_budget: int) -> tuple[list[dict[str, A
         scored = train.score(t, share(random_rollout(lengths, prefix=2, seed=number), rank, count), token_budget)
         scored.seconds["seconds_rollout"] = 1.0
         metrics += [train.update(t, scored), train.update(t, scored)]
-    return metrics, {name: p.detach().clone() for name, p in t.module.named_parameters() if p.requires_grad}
+    return metrics, {name: whole(p).detach().clone() for name, p in t.module.named_parameters() if p.requires_grad}
 
 
 def all_strategies(folder: Path, split: str) -> None:
@@ -122,10 +138,10 @@ def stopped_at(step: int, *arguments: str) -> Any:
     return run
 
 
-def sharded() -> None:
+def sharded(folder: Path) -> None:
     from .sharded_update import compare
 
-    compare()
+    compare(folder)
 
 
 def main(folder: Path, arguments: list[str]) -> None:
@@ -138,13 +154,17 @@ def main(folder: Path, arguments: list[str]) -> None:
         (split, count, functools.partial(all_strategies, folder, split), 0) for split, (count, _) in SPLITS.items()
     ]
     jobs += [
-        ("sharded", 2, sharded, 0),
+        ("sharded", 2, functools.partial(sharded, folder), 0),
         ("run-1", 1, tropd(*distill("run-1")), 0),
         ("run-2", 2, tropd(*distill("run-2")), 0),
         ("run-12", 1, stopped_at(4, *distill("run-12")), 130),
         ("run-12", 2, tropd("distill", "--resume", str(folder / "run-12")), 0),
         ("run-21", 2, stopped_at(4, *distill("run-21")), 130),
         ("run-21", 1, tropd("distill", "--resume", str(folder / "run-21")), 0),
+        ("sharded-12", 1, stopped_at(4, *distill("sharded-12")), 130),
+        ("sharded-12", 2, tropd("distill", "--resume", str(folder / "sharded-12"), "--shard", "full"), 0),
+        ("sharded-21", 2, stopped_at(4, *distill("sharded-21"), "--shard", "grad_op"), 130),
+        ("sharded-21", 1, tropd("distill", "--resume", str(folder / "sharded-21"), "--shard", "none"), 0),
     ]
     for name, count, function, wanted in jobs:
         started, log = time.monotonic(), folder / f"{name}.log"

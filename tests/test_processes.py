@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from strategies import STRATEGIES
 
@@ -60,10 +62,18 @@ def same_run(first: Path, second: Path) -> None:
         assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("name", ["run-2", "run-12", "run-21"])
+@pytest.mark.parametrize("name", ["run-2", "run-12", "run-21", "sharded-12", "sharded-21"])
 def test_a_sampled_run_does_not_depend_on_the_number_of_processes(splits: Path, name: str) -> None:
-    """Also when it was stopped, and resumed on another number."""
+    """Also when it was stopped, and resumed on another number, with its weights in pieces before or after."""
     same_run(splits / "run-1", splits / name)
+
+
+def test_a_student_in_pieces_is_saved_whole(splits: Path) -> None:
+    whole, sharded = (load_file(splits / name / "student" / "model.safetensors") for name in ("run-1", "sharded-12"))
+    assert whole.keys() == sharded.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=1e-4)
+    AutoModelForCausalLM.from_pretrained(splits / "sharded-12" / "student")
 
 
 def test_a_sharded_student_is_updated_and_sampled_like_a_whole_one(splits: Path) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from .errors import UserError
+from .sharding import cut_like, gathered
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "student.safetensors", "optimizer.pt", "state.json", "manifest.json"
 
@@ -23,10 +25,20 @@ def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(trained weights by name, state of the optimizer), whole, on a process that keeps them. All processes take part."""
+    weights = gathered(trained_parameters(model), keep=keep)
+    moments = optimizer.state_dict()
+    moments["state"] = {number: gathered(values, keep=keep) for number, values in moments["state"].items()}
+    return weights, moments
+
+
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path, step: int, weights: dict[str, torch.Tensor], moments: dict[str, Any], state: dict[str, Any]
 ) -> Path:
-    """Writes folder/step-NNNNNN.
+    """Writes folder/step-NNNNNN from a snapshot.
 
     Raises:
         OSError: the disk is full or not writable; nothing half-written stays.
@@ -36,10 +48,9 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        weights = {name: p.detach().contiguous().cpu() for name, p in trained_parameters(model).items()}
         try:
-            save_file(weights, temporary / WEIGHTS)
-            torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
+            save_file({name: p.detach().contiguous().cpu() for name, p in weights.items()}, temporary / WEIGHTS)
+            torch.save(moments, temporary / OPTIMIZER)
         except OSError:
             raise
         except Exception as error:  # both libraries raise their own kinds when the disk is full
@@ -96,20 +107,26 @@ def damage(path: Path) -> str | None:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restores weights and optimizer in place, and returns the state.
+    """Restores weights and optimizer in place, cut as they are here, and returns the state. All processes take part.
 
     Raises:
         UserError: the checkpoint belongs to another model.
     """
-    weights = load_file(path / WEIGHTS)
     mine = trained_parameters(model)
-    if weights.keys() != mine.keys():
-        odd = sorted(weights.keys() ^ mine.keys())
-        raise UserError(f"checkpoint {path} belongs to another student: parameter '{odd[0]}' is on one side only")
-    with torch.no_grad():
+    with safe_open(path / WEIGHTS, framework="pt") as weights, torch.no_grad():
+        odd = sorted(set(weights.keys()) ^ mine.keys())
+        if odd:
+            raise UserError(f"checkpoint {path} belongs to another student: parameter '{odd[0]}' is on one side only")
         for name, parameter in mine.items():
-            parameter.copy_(weights[name])
-    optimizer.load_state_dict(torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True))
+            parameter.copy_(cut_like(weights.get_tensor(name), parameter))
+    # Mapped, not read: of a sharded optimizer one whole tensor at a time is enough.
+    moments = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in moments["state"].items():
+        for name, value in values.items():
+            if value.dim():
+                values[name] = cut_like(value, parameters[number])
+    optimizer.load_state_dict(moments)
     return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
 
 

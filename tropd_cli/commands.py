@@ -158,10 +158,14 @@ def prepared(config: Config, run: RunDirectory, request: DistillRequest, display
 
     from .launch import make_accelerator
     from .session import Training
+    from .sharding import with_launcher_options
 
+    config = with_launcher_options(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     accelerator = make_accelerator(config, str(run.path))
+    if config.shard != "none" and accelerator.num_processes == 1:
+        display.note(f"shard: {config.shard} with one process: there is nothing to share, so it holds all weights")
     missing = set(config.log_with) - {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
     if missing:
         raise UserError(f"log_with '{min(missing)}' is not installed. Install it: pip install 'tropd[log]'")

@@ -95,6 +95,7 @@ class Config(Section):
     micro_batch_tokens: Count | None = None
     rollout_batch_tokens: Count | None = None
     num_processes: Count = 1
+    shard: Literal["none", "full", "grad_op"] = "none"
     threads: CountOrZero = 0
 
     checkpoint_every: CountOrZero = 50
@@ -113,7 +114,8 @@ class Config(Section):
 
 #: The only keys that may change when a run is resumed.
 RESUMABLE = frozenset(
-    "steps num_processes padding_free micro_batch_tokens rollout_batch_tokens log_with threads hang_timeout plugin output".split()
+    "steps num_processes shard padding_free micro_batch_tokens rollout_batch_tokens log_with threads hang_timeout plugin "
+    "output".split()
 )
 
 

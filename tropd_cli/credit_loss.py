@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from .scoring import Scores, chunk_buffers, chunk_slices, response_hidden
 #: (signals of some tokens, which tokens of the micro-batch) -> credit with guidance applied.
 CreditOf = Callable[[Signals, slice], Credit]
 Record = dict[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class CreditLoss(nn.Module):
         self.model = student.model
         self._student = (student,)
         self.temperature, self.chunk_tokens = temperature, chunk_tokens
+
+    def around(self, action: Callable[[], T]) -> T:
+        """`action` as a forward of this module, for sharding wrappers."""
+        return action()
 
     def forward(self, batch: TokenBatch, scores: Scores, request: CreditRequest) -> tuple[Tensor, Record]:
         """Returns (loss summed over the tokens / num_tokens, record of detached [N] tensors)."""
@@ -245,6 +250,11 @@ def credit_record(credit: Credit) -> Record:
     }
 
 
+def summed_in(parameter: Tensor) -> torch.dtype:
+    """The dtype in which a parameter's gradient is summed over chunks: float32 at least."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
 # ── the head's two paths ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -258,7 +268,8 @@ class _PlainProjection:
         self.weight = linear.weight.detach().to(hidden.dtype)
         self.vocabulary = linear.weight.shape[0]
         self.grad_hidden = torch.zeros_like(hidden)
-        self.by_parameter = {id(p): torch.zeros_like(p) for p in trained}
+        self.by_parameter = {id(p): torch.zeros_like(p, dtype=summed_in(p)) for p in trained}
+        self.dtypes = [p.dtype for p in trained]  # half-precision under a sharding policy
         self.grad_weight = self.by_parameter.get(id(linear.weight))
         self.grad_bias = None if linear.bias is None else self.by_parameter.get(id(linear.bias))
 
@@ -282,7 +293,8 @@ class _PlainProjection:
                 self.grad_weight.add_(torch.mm(low.t(), hidden))
 
     def gradients(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.grad_hidden, tuple(self.by_parameter.values())
+        pairs = zip(self.by_parameter.values(), self.dtypes, strict=True)
+        return self.grad_hidden, tuple(total.to(dtype) for total, dtype in pairs)
 
 
 class _AutogradProjection:
@@ -294,7 +306,7 @@ class _AutogradProjection:
         assert weight is not None
         self.vocabulary = weight.shape[0]
         self.grad_hidden = torch.zeros_like(hidden)
-        self.grad_trained = tuple(torch.zeros_like(p) for p in trained)
+        self.grad_trained = tuple(torch.zeros_like(p, dtype=summed_in(p)) for p in trained)
         self.leaf, self.raw = hidden, hidden
 
     def logits(self, where: slice, _: Tensor) -> Tensor:
@@ -313,7 +325,8 @@ class _AutogradProjection:
                 total.add_(grad)
 
     def gradients(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.grad_hidden, self.grad_trained
+        pairs = zip(self.grad_trained, self.trained, strict=True)
+        return self.grad_hidden, tuple(total.to(p.dtype) for total, p in pairs)
 
 
 _Projection = _PlainProjection | _AutogradProjection

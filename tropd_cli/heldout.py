@@ -5,6 +5,7 @@ Sums are taken per process and combined, so the numbers do not depend on how the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from .metrics import Sums, combine
 from .models import Vocabulary
 from .pair import Pair
 from .rollout import Generator, Rollout, make_rollout
+from .sharding import in_step
 
 #: (response text, reference answer) -> correct.
 Judge = Callable[[str, Any], bool]
@@ -98,13 +100,21 @@ def divergence_batches(
 ) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
     """`token_divergences` of a rollout, micro-batch by micro-batch. Nothing for responses without tokens."""
     lengths = row_lengths(rollout) if len(rollout) else []
-    for rows in plan_micro_batches(lengths, token_budget, packed=pair.packs):
+    plan = plan_micro_batches(lengths, token_budget, packed=pair.packs)
+    for rows in in_step(plan) if pair.sharded else plan:
         batch = token_batch(rollout, rows, pad_id=pair.vocabulary.pad_id, packed=pair.packs).to(pair.device)
-        if len(batch):
-            values = token_divergences(
-                pair.student, pair.teacher, batch, temperature=temperature, student_context=pair.autocast
+        if len(batch) or pair.sharded:
+            divergences = functools.partial(
+                token_divergences,
+                pair.student,
+                pair.teacher,
+                batch,
+                temperature=temperature,
+                student_context=pair.autocast,
             )
-            yield batch, values
+            values = pair.student.run(divergences)
+            if len(batch):
+                yield batch, values
 
 
 def _divergence_sums(pair: Pair, rollout: Rollout, task: HeldOut) -> tuple[Sums, list[float]]:

@@ -148,7 +148,17 @@ def distill(
     num_processes: Annotated[
         int | None, typer.Option(help="Workers to start on this machine.", rich_help_panel=RUN)
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Cut weights, gradients and optimizer over the processes: none, full (ZeRO-3), grad_op (ZeRO-2).",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ...", rich_help_panel=RUN)] = None,
+    teacher_device: Annotated[
+        str | None, typer.Option(help="Of teacher and reference, which then stay whole there.", rich_help_panel=RUN)
+    ] = None,
     log_with: Annotated[
         list[str] | None,
         typer.Option(help="Tracker of Accelerate: tensorboard, wandb. May be repeated.", rich_help_panel=RUN),

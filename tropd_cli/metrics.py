@@ -16,6 +16,7 @@ from .batching import TokenBatch
 from .credit_loss import Record
 from .rollout import Rollout
 from .scoring import Scores
+from .sharding import whole
 
 Sums = dict[str, float]
 
@@ -114,7 +115,7 @@ def update_norm(optimizer: torch.optim.Optimizer) -> float:
             step = float(state["step"])
             first = state["exp_avg"] / (1 - beta_1**step)
             second = (state["exp_avg_sq"] / (1 - beta_2**step)).sqrt_().add_(group["eps"])
-            squares += (group["lr"] ** 2) * float(first.div_(second).pow_(2).sum(dtype=torch.float64))
+            squares += (group["lr"] ** 2) * float(whole(first.div_(second).pow_(2).sum(dtype=torch.float64)))
     return squares**0.5
 
 

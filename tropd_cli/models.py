@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +62,16 @@ class Head(nn.Module):
 
 @dataclass
 class LanguageModel:
-    """A causal LM with its parts named: `backbone` makes hidden states, `head` turns them into logits."""
+    """A causal LM with its parts named: `backbone` makes hidden states, `head` turns them into logits.
+
+    run: calls what uses the model outside of a loss, with everything in place that a sharded model needs.
+    """
 
     model: nn.Module
     name: str
     vocabulary: int
     generation_config: GenerationConfig
+    run: Callable[[Callable[[], Any]], Any] = lambda action: action()
 
     @property
     def base(self) -> nn.Module:

@@ -29,8 +29,10 @@ from .models import (
     shared_vocabulary,
 )
 from .packing import enable_packing
+from .sharding import Shards, shard_frozen
 
 DEMO_MODELS = {"demo:student": demo.STUDENT, "demo:teacher": demo.TEACHER}
+HOST = torch.device("cpu")
 #: A line any tokenizer can read: what the start-up checks run on.
 CHECK_TEXT = "The answer to 12 + 34 is 46, so we are done."
 
@@ -38,7 +40,7 @@ CHECK_TEXT = "The answer to 12 + 34 is 46, so we are done."
 @dataclass
 class Pair:
     """The models of a run. `autocast` is the context in which the student computes; `packs`: whether all of them take
-    sequences end to end instead of padded."""
+    sequences end to end instead of padded; `sharded`: whether every forward takes all processes."""
 
     student: LanguageModel
     teacher: LanguageModel
@@ -49,6 +51,7 @@ class Pair:
     device: torch.device
     compute_dtype: torch.dtype
     packs: bool = False
+    sharded: bool = False
 
     @property
     def autocast(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
@@ -57,8 +60,11 @@ class Pair:
         return functools.partial(torch.autocast, self.device.type, dtype=self.compute_dtype)
 
 
-def load_pair(config: Config, needs: Needs) -> Pair:
+def load_pair(config: Config, needs: Needs, shards: Shards | None = None) -> Pair:
     """Loads and checks everything.
+
+    Args:
+        shards: how to cut the frozen models; the student is left whole in the host's memory, to be cut with its loss.
 
     Raises:
         UserError: not found, different tokenizers, unknown head, impossible lengths.
@@ -73,21 +79,25 @@ def load_pair(config: Config, needs: Needs) -> Pair:
         student_name,
         role="student",
         dtype=compute if config.lora_rank else torch.float32,  # what is trained is a float32 master
-        device=device,
+        device=HOST if shards else device,
         revision=config.student_revision,
     )
-    teacher = frozen(config, teacher_name, "teacher", config.teacher_revision)
+    cut = shards is not None and config.teacher_device == "auto"
+    teacher = frozen(config, teacher_name, "teacher", config.teacher_revision, to_be_cut=cut)
     vocabulary = shared_vocabulary(student, teacher, tokenizer, teacher_tokenizer)
     check_lengths(config, student, teacher)
     ids = [i for i in tokenizer(CHECK_TEXT)["input_ids"] if vocabulary.allowed[i]] or [vocabulary.stop_ids[0]]
     for model in (student, teacher):
         check_head(model, ids, tolerance=head_tolerance(model))
-    reference = load_reference(config, student, tokenizer, ids) if needs.reference_logprob else None
+    reference = load_reference(config, student, tokenizer, ids, to_be_cut=cut) if needs.reference_logprob else None
     packs = config.padding_free and all(
         enable_packing(model.model, model.backbone, ids, tolerance=hidden_tolerance(model))
         for model in (student, teacher, reference)
         if model is not None
     )
+    for model in (teacher, reference):
+        if cut and model is not None:
+            shard_frozen(model, shards, device)
     student = made_trainable(config, student)
     template = config.teacher_chat_template
     if template not in (None, "own"):
@@ -101,7 +111,10 @@ def load_pair(config: Config, needs: Needs) -> Pair:
         shared=vocabulary.allowed,
         teacher_vocabulary=teacher.vocabulary,
     )
-    return Pair(student, teacher, reference, tokenizer, vocabulary, prompt_format, device, compute, packs)
+    sharded = shards is not None
+    return Pair(
+        student, teacher, reference, tokenizer, vocabulary, prompt_format, device, compute, packs=packs, sharded=sharded
+    )
 
 
 def made_trainable(config: Config, student: LanguageModel) -> LanguageModel:
@@ -127,26 +140,26 @@ def made_trainable(config: Config, student: LanguageModel) -> LanguageModel:
 
 
 def load_reference(
-    config: Config, student: LanguageModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]
+    config: Config, student: LanguageModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], *, to_be_cut: bool
 ) -> LanguageModel:
     """The reference model: the one named, checked like a teacher, or the student as it starts. Raises UserError."""
     if not config.reference:
-        return frozen(config, model_path(config.student), "reference", config.student_revision)
+        return frozen(config, model_path(config.student), "reference", config.student_revision, to_be_cut=to_be_cut)
     name = model_path(config.reference)
-    reference = frozen(config, name, "reference", config.reference_revision)
+    reference = frozen(config, name, "reference", config.reference_revision, to_be_cut=to_be_cut)
     own_tokenizer = load_tokenizer(name, role="reference", revision=config.reference_revision)
     shared_vocabulary(student, reference, tokenizer, own_tokenizer)
     check_head(reference, ids, tolerance=head_tolerance(reference))
     return reference
 
 
-def frozen(config: Config, name: str, role: str, revision: str | None) -> LanguageModel:
-    """A teacher or reference: its own dtype, evaluation mode, no gradients."""
+def frozen(config: Config, name: str, role: str, revision: str | None, *, to_be_cut: bool = False) -> LanguageModel:
+    """A teacher or reference: its own dtype, evaluation mode, no gradients; in the host's memory if it is to be cut."""
     wanted = config.teacher_device if config.teacher_device != "auto" else config.device
     device = resolve_device(wanted)
     default = "bfloat16" if device.type == "cuda" else "float32"
     dtype = DTYPES[default if config.teacher_dtype == "auto" else config.teacher_dtype]
-    model = load_model(name, role=role, dtype=dtype, device=device, revision=revision)
+    model = load_model(name, role=role, dtype=dtype, device=HOST if to_be_cut else device, revision=revision)
     model.model.eval().requires_grad_(False)
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 
 from strategies import Needs
 
-from .checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, sync
+from .checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, snapshot, sync
 from .config import Config, build_strategy
 from .credit_loss import CreditLoss
 from .data import Prompt, load_prompts, prompts_of_step
 from .display import Display
 from .errors import UserError
-from .export import save_student
+from .export import save_student, student_weights
 from .health import Health
 from .heldout import HeldOut, forward_kl_on_teacher_text, measure
 from .judging import judge_for
@@ -29,6 +29,7 @@ from .prefixes import TeacherPrefixes
 from .processes import Watch
 from .rollout import TransformersGenerator
 from .run_directory import RunDirectory
+from .sharding import make_shards, one_at_a_time, shard_student
 
 #: Tokens (rows x padded length) of one micro-batch and of one generation batch, by device, unless configured.
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -48,7 +49,12 @@ class Training:
         self.config, self.run, self.display, self.accelerator = config, run, display, accelerator
         self.strategy = build_strategy(config)
         self.needs = self.strategy.needs | Needs(teacher_logprob=True, student_entropy=True)
-        self.pair = load_pair(config, self.needs)
+        shards = make_shards(config, accelerator)
+        with one_at_a_time(accelerator) if shards else nullcontext():
+            self.pair = load_pair(config, self.needs, shards)
+            self.module = CreditLoss(self.pair.student, temperature=config.temperature)
+            if shards:
+                shard_student(self.module, self.pair.student, shards)
         self.standard_input = sys.stdin.read() if config.data == "-" else None
         self.prompts = self._load(config.data)
         wanted = config.steps * config.prompts_per_step // config.updates_per_rollout
@@ -59,7 +65,6 @@ class Training:
         enabled = config.guidance.enabled
         self.guided = config.strategy["name"] in GUIDED_BY_DEFAULT if enabled == "auto" else enabled
 
-        self.module = CreditLoss(self.pair.student, temperature=config.temperature)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self.parameters,
@@ -68,7 +73,9 @@ class Training:
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,
         )
-        self.wrapped, self.optimizer = accelerator.prepare(self.module, optimizer)
+        # A sharded module exchanges gradients by itself.
+        self.wrapped = self.module if shards else accelerator.prepare(self.module)
+        self.optimizer = accelerator.prepare(optimizer)
 
         kind = self.pair.device.type
         self.micro_batch_tokens = config.micro_batch_tokens or MICRO_BATCH_TOKENS.get(kind, 4096)
@@ -115,6 +122,7 @@ class Training:
             temperature=self.config.temperature,
             token_budget=self.rollout_tokens,
             context=torch.no_grad if is_teacher else self.pair.autocast,
+            sharded=self.pair.sharded,
         )
 
     def mine(self, items: Sequence[Any]) -> list[tuple[int, Any]]:
@@ -182,9 +190,10 @@ def keep_best(t: Training, metrics: dict[str, Any]) -> None:
     score = held_out_score(metrics)
     if score is not None and (t.best is None or score > t.best):
         t.best = score
+        weights = student_weights(t.pair, keep=t.accelerator.is_main_process)
         if t.accelerator.is_main_process:
             try:
-                save_student(t.pair, t.config, t.run.best, metrics)
+                save_student(t.pair, t.config, t.run.best, metrics, weights)
             except DISK_ERRORS as error:
                 t.display.warn(f"best student of step {t.completed} not saved: {error}")
 
@@ -196,6 +205,7 @@ def save(t: Training) -> None:
     """Writes a checkpoint. A full disk is reported and survived: the ones before stay."""
     t.watch.beat("saving a checkpoint" if t.accelerator.is_main_process else "waiting for the checkpoint")
     t.accelerator.wait_for_everyone()
+    weights, moments = snapshot(t.module, unwrapped(t.optimizer), keep=t.accelerator.is_main_process)
     if t.accelerator.is_main_process:
         state = {
             "skipped": t.skipped,
@@ -207,7 +217,7 @@ def save(t: Training) -> None:
         }
         try:
             sync(t.run.metrics)  # a power cut must not leave a checkpoint without the lines before it
-            save_checkpoint(t.run.checkpoints, t.completed, t.module, unwrapped(t.optimizer), state)
+            save_checkpoint(t.run.checkpoints, t.completed, weights, moments, state)
             t.saved = t.completed
             if not t.skipped_in_a_row:  # while steps are skipped, the last checkpoint of a sound one stays
                 prune(t.run.checkpoints, t.config.keep_checkpoints)
@@ -219,9 +229,10 @@ def save(t: Training) -> None:
 def save_final(t: Training) -> None:
     """Writes student/. Raises UserError when the disk is full."""
     t.watch.beat("saving the student" if t.accelerator.is_main_process else "waiting for the student")
+    weights = student_weights(t.pair, keep=t.accelerator.is_main_process)
     if t.accelerator.is_main_process:
         try:
-            save_student(t.pair, t.config, t.run.student, t.last_metrics)
+            save_student(t.pair, t.config, t.run.student, t.last_metrics, weights)
         except DISK_ERRORS as error:
             raise UserError(
                 f"{t.run.student} cannot be written: {error}. The last checkpoint is untouched; make room, then: "

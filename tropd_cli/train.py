@@ -26,6 +26,7 @@ from .recording import spread, token_rows
 from .rollout import Rollout, make_rollout, step_prefix_limit
 from .scoring import Scores, ScoringOptions, score_reference, score_teacher
 from .session import Training, caught_signals, evaluate, keep_best, probe, restore, save, save_final
+from .sharding import in_step, whole
 
 T = TypeVar("T")
 
@@ -146,8 +147,7 @@ def score(t: Training, rollout: Rollout, token_budget: int) -> ScoredRollout:
     """Micro-batches with the frozen models' scores. Every process makes the same number of micro-batches."""
     started = time.perf_counter()
     t.watch.beat(f"scoring step {t.completed + 1}")
-    plan = plan_micro_batches(row_lengths(rollout), token_budget, packed=t.pair.packs)
-    plan += [[] for _ in range(max(gather_object([len(plan)])) - len(plan))]
+    plan = in_step(plan_micro_batches(row_lengths(rollout), token_budget, packed=t.pair.packs))
     recorded = is_recorded(t)
     observed = Needs(teacher_entropy=True, teacher_top_k=t.config.record.top_k) if recorded else Needs()
     options = ScoringOptions(t.config.temperature, t.pair.vocabulary.allowed, rank=recorded)
@@ -199,7 +199,7 @@ def apply(t: Training, scored: ScoredRollout, gradient: Gradient) -> dict[str, A
     started = time.perf_counter()
     for group in t.optimizer.param_groups:
         group["lr"] = learning_rate(t.config, t.completed)
-    grad_norm = float(t.accelerator.clip_grad_norm_(t.parameters, t.config.optimizer.max_grad_norm))
+    grad_norm = float(whole(t.accelerator.clip_grad_norm_(t.parameters, t.config.optimizer.max_grad_norm)))
     applied = apply_update(t, gradient.loss, grad_norm)
     t.completed += 1
     if scored.first is None:
@@ -347,8 +347,9 @@ def shrinking(t: Training, action: Callable[[int], T], budget: int, smallest: in
 
 
 def gradient_sync(t: Training, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Gradients are exchanged once per optimizer step, in its last micro-batch."""
-    return contextlib.nullcontext() if last else t.accelerator.no_sync(t.wrapped)
+    """Gradients are exchanged once per optimizer step, in its last micro-batch; sharded ones at once, so that none is
+    ever whole."""
+    return contextlib.nullcontext() if last or t.pair.sharded else t.accelerator.no_sync(t.wrapped)
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -76,6 +76,8 @@ def run_jobs(request: EvalRequest, jobs: Sequence[Job]) -> None:
     """Evaluates in this process and prints, on the first process, what came out."""
     import torch
 
+    from tropd_cli.sharding import with_launcher_options
+
     from .loop import Evaluation, evaluate_task
     from .subject import load_subject
 
@@ -89,7 +91,7 @@ def run_jobs(request: EvalRequest, jobs: Sequence[Job]) -> None:
     paths = sample_paths(request, jobs)
     if not request.output and sum(len(t.items) * t.sampling.samples for j in jobs for t in j.tasks) > 1000:
         display.note("the samples are not kept. To keep them, and to be able to continue: --output DIR")
-    accelerator = make_accelerator(config, request.output or ".")
+    accelerator = make_accelerator(with_launcher_options(config), request.output or ".")
     results: list[dict[str, Any]] = []
     try:
         for job in jobs:
