@@ -148,6 +148,10 @@ def distill(
     num_processes: Annotated[
         int | None, typer.Option(help="Workers to start on this machine.", rich_help_panel=RUN)
     ] = None,
+    hang_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds without a sign of life after which a worker counts as hung.", rich_help_panel=RUN),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ...", rich_help_panel=RUN)] = None,
     log_with: Annotated[
         list[str] | None,
