@@ -132,7 +132,10 @@ def test_exit_code_and_message_of_a_failed_job(
         ([{"beats": 3, "pulse": 9}, {"beats": 2, "pulse": 9}], 1),  # the one behind
         ([{"beats": 3, "pulse": 9, "place": 2}, {"beats": 3, "pulse": 9, "place": 0}], 1),  # it has not arrived
         ([{"beats": 3, "pulse": 9, "place": 0}, {"beats": 3, "pulse": 9, "place": 1}], 0),
-        ([{"beats": 3, "pulse": 9, "place": 0}, {"beats": 3, "pulse": 0, "place": 2}], 1),  # it stands still where it waited
+        (
+            [{"beats": 3, "pulse": 9, "place": 0}, {"beats": 3, "pulse": 0, "place": 2}],
+            1,
+        ),  # it stands still where it waited
         ([{"beats": 3, "pulse": 0}, {"beats": 2, "pulse": 9}], 0),
     ],
 )

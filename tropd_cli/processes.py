@@ -118,6 +118,7 @@ class Watch:
     timeout: float
     advice: str
     before_exit: Callable[[], None] = lambda: None
+    beats: int = 0
     _sign: dict[str, Any] = field(default_factory=dict)
     _writing: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -143,8 +144,9 @@ class Watch:
 
     def beat(self, doing: str) -> None:
         """A sign of life of the work; `doing` is named should it be the last."""
+        self.beats += 1
         if self.count > 1:
-            self._write(beats=self._sign.get("beats", 0) + 1, doing=doing)
+            self._write(beats=self.beats, doing=doing)
 
     def pulse(self) -> None:
         """A sign of life of the process, whatever its work does."""
