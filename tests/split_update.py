@@ -1,5 +1,6 @@
-"""A script: one update of every strategy on the same rollouts, by one process, by two, and by two with accumulation;
-a sharded student; and whole sampled runs on one, two and changing numbers of processes. Writes FOLDER for the tests.
+"""A script: updates of strategies on the same rollouts, by one process, by two, by two with accumulation, by three, and by
+two of which one is short of memory; a sharded student; and whole sampled runs on one, two and changing numbers of
+processes. Writes FOLDER for the tests.
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import os
 import signal
 import sys
@@ -26,7 +28,9 @@ from tropd_cli import train
 from tropd_cli.config import build_config
 from tropd_cli.credit_loss import CreditLoss
 from tropd_cli.display import Display
+from tropd_cli.launch import make_accelerator
 from tropd_cli.models import LanguageModel, add_lora
+from tropd_cli.packing import enable_packing
 from tropd_cli.processes import Watch
 from tropd_cli.rollout import Rollout
 from tropd_cli.sharding import make_shards, shard_frozen, shard_student, whole
@@ -34,9 +38,17 @@ from tropd_cli.sharding import make_shards, shard_frozen, shard_student, whole
 from .forked import start, tropd
 from .tiny import random_rollout, tiny_model, tiny_vocabulary
 
-SPLITS = {"one": (1, 4096), "two": (2, 4096), "accumulated": (2, 20)}
-#: The second rollout has a single prompt, so that the second process has nothing to do.
-LENGTHS = ([5, 9, 3, 7, 12, 4], [6, 8])
+#: Split -> (processes, tokens of a micro-batch, strategies). One per scope and kind of credit stands for the others.
+SOME = ("entropy", "gkd", "trust-region")
+SPLITS = {
+    "one": (1, 4096, STRATEGIES.names()),
+    "two": (2, 4096, STRATEGIES.names()),
+    "accumulated": (2, 20, STRATEGIES.names()),
+    "three": (3, 20, SOME),
+    "short": (2, 64, SOME),
+}
+#: Four prompts and one: the second rollout leaves all processes but the first without work.
+LENGTHS = ([5, 9, 3, 7, 12, 4, 6], [6, 8])
 
 
 def share(rollout: Rollout, rank: int, count: int) -> Rollout:
@@ -65,6 +77,7 @@ def training(name: str, *, lora: bool, folder: Path, kind: str = "llama", shard:
             "record": {"every": 0},
             "dtype": "float32",
             "shard": shard,
+            "device": "cpu",
         }
     )
     student = tiny_model(kind, seed=0, dtype=torch.float64)
@@ -77,9 +90,11 @@ def training(name: str, *, lora: bool, folder: Path, kind: str = "llama", shard:
     frozen = [tiny_model(kind, seed=seed, dtype=torch.float64) for seed in (5, 7)]
     for model in frozen:
         model.model.eval().requires_grad_(False)
+    packs = [enable_packing(m.model, m.backbone, [5, 6, 7], tolerance=1e-9) for m in (student, *frozen)]
+    assert all(packs) == (kind != "gemma")
     strategy = STRATEGIES.build(name)
     module = CreditLoss(student)
-    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator = make_accelerator(config, str(folder))
     shards = make_shards(config, accelerator)
     if shards:
         shard_student(module, student, shards)
@@ -90,14 +105,14 @@ def training(name: str, *, lora: bool, folder: Path, kind: str = "llama", shard:
     optimizer = accelerator.prepare(torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0))
     pair = SimpleNamespace(
         student=student, teacher=frozen[0], reference=frozen[1] if strategy.needs.reference_logprob else None,
-        device=torch.device("cpu"), vocabulary=tiny_vocabulary(), sharded=shards is not None,
+        device=torch.device("cpu"), vocabulary=tiny_vocabulary(), packs=all(packs), sharded=shards is not None,
         autocast=contextlib.nullcontext,
     )  # fmt: skip
     return SimpleNamespace(
         config=config, strategy=strategy, needs=strategy.needs | Needs(teacher_logprob=True, student_entropy=True),
         pair=pair, module=module, wrapped=wrapped, optimizer=optimizer, parameters=parameters, accelerator=accelerator,
         display=Display(active=False), watch=Watch(folder, 0, 1, timeout=60.0, advice=""),
-        completed=0, skipped=0, skipped_in_a_row=0,
+        completed=0, skipped=0, skipped_in_a_row=0, micro_batch_tokens=0,
     )  # fmt: skip
 
 
@@ -106,18 +121,49 @@ def two_updates_per_rollout(t: Any, token_budget: int) -> tuple[list[dict[str, A
     rank, count = t.accelerator.process_index, t.accelerator.num_processes
     metrics = []
     for number, lengths in enumerate(LENGTHS):
-        scored = train.score(t, share(random_rollout(lengths, prefix=2, seed=number), rank, count), token_budget)
-        scored.seconds["seconds_rollout"] = 1.0
-        metrics += [train.update(t, scored), train.update(t, scored)]
+        t.micro_batch_tokens = token_budget
+        rollout = share(random_rollout(lengths, prefix=2, seed=number), rank, count)
+        scored, first = train.score_and_update(t, rollout, 0, 1.0)
+        metrics += [first, train.update(t, scored)]
     return metrics, {name: whole(p).detach().clone() for name, p in t.module.named_parameters() if p.requires_grad}
 
 
-def all_strategies(folder: Path, split: str) -> None:
+def short_of_memory() -> list[int]:
+    """From here on memory runs out at 64 tokens while scoring, at 32 in the last forward pass, and in a later update at 16.
+
+    Returns the budgets that were tried.
+    """
+    score, score_batch, forward, tried = train.score, train.score_batch, train.forward, [0]
+
+    def noting(t: Any, rollout: Rollout, token_budget: int) -> Any:
+        tried.append(token_budget)
+        return score(t, rollout, token_budget)
+
+    def scoring(*arguments: Any) -> Any:
+        if tried[-1] == 64:
+            raise MemoryError
+        return score_batch(*arguments)
+
+    def passing(t: Any, scored: Any, number: int, request: Any) -> Any:
+        is_last, is_later = number == len(scored.batches) - 1, scored.first is not None
+        if is_last and (tried[-1] == 32 or (tried[-1] == 16 and is_later)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(t, scored, number, request)
+
+    train.score, train.score_batch, train.forward = noting, scoring, passing
+    return tried
+
+
+def updates(folder: Path, split: str) -> None:
+    """Every strategy of a split; the first process writes what came out."""
+    _, token_budget, names = SPLITS[split]
+    tried = short_of_memory() if split == "short" and os.environ["RANK"] == "1" else None
     results = {
-        (name, lora): two_updates_per_rollout(training(name, lora=lora, folder=folder), SPLITS[split][1])
-        for name in STRATEGIES.names()
+        (name, lora): two_updates_per_rollout(training(name, lora=lora, folder=folder), token_budget)
+        for name in names
         for lora in (False, True)
     }
+    assert tried is None or set(tried) == {0, 64, 32, 16, 13, 8}, tried
     if accelerate.PartialState().is_main_process:
         torch.save(results, folder / f"{split}.pt")
 
@@ -138,6 +184,22 @@ def stopped_at(step: int, *arguments: str) -> Any:
     return run
 
 
+def out_of_memory_in_the_exchange(*arguments: str) -> Any:
+    """The command line, whose second process runs out of memory where the first one already waits for its gradients."""
+
+    def run() -> int | None:
+        if os.environ["RANK"] == "1":
+
+            def failing(*_: Any) -> None:
+                time.sleep(0.2)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+            train.sum_gradients = failing
+        return tropd(*arguments)()
+
+    return run
+
+
 def sharded(folder: Path) -> None:
     from .sharded_update import compare
 
@@ -151,7 +213,7 @@ def main(folder: Path, arguments: list[str]) -> None:
         return ["distill", *arguments, "--output", str(folder / name)]
 
     jobs: list[tuple[str, int, Any, int]] = [
-        (split, count, functools.partial(all_strategies, folder, split), 0) for split, (count, _) in SPLITS.items()
+        (split, count, functools.partial(updates, folder, split), 0) for split, (count, _, _) in SPLITS.items()
     ]
     jobs += [
         ("sharded", 2, functools.partial(sharded, folder), 0),
@@ -160,6 +222,7 @@ def main(folder: Path, arguments: list[str]) -> None:
         ("run-12", 1, stopped_at(4, *distill("run-12")), 130),
         ("run-12", 2, tropd("distill", "--resume", str(folder / "run-12")), 0),
         ("run-21", 2, stopped_at(4, *distill("run-21")), 130),
+        ("exchange", 2, out_of_memory_in_the_exchange(*distill("exchange")), 1),
         ("run-21", 1, tropd("distill", "--resume", str(folder / "run-21")), 0),
         ("sharded-12", 1, stopped_at(4, *distill("sharded-12")), 130),
         ("sharded-12", 2, tropd("distill", "--resume", str(folder / "sharded-12"), "--shard", "full"), 0),
@@ -176,4 +239,5 @@ def main(folder: Path, arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # collecting again and again what the imports left would take the forked processes most of their time
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import typer
 from tropd_cli import launch, processes
 from tropd_cli.errors import UserError
 from tropd_cli.prefixes import TeacherPrefixes
-from tropd_cli.processes import JOB, Watch, may_speak, one_voice
+from tropd_cli.processes import JOB, Signs, Watch, may_speak, one_voice
 from tropd_cli.run_directory import RunDirectory, cut_torn_line
 
 from .test_distill import arguments, metrics
@@ -122,7 +123,73 @@ def test_exit_code_and_message_of_a_failed_job(
     assert capsys.readouterr().err == ""
 
 
-def test_the_process_that_is_behind_is_the_hung_one(
+# ── who hangs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("signs", "hung"),
+    [
+        ([{"beats": 3, "pulse": 9}, {"beats": 2, "pulse": 9}], 1),  # the one behind
+        ([{"beats": 3, "pulse": 9, "place": 2}, {"beats": 3, "pulse": 9, "place": 0}], 1),  # it has not arrived
+        ([{"beats": 3, "pulse": 9, "place": 0}, {"beats": 3, "pulse": 9, "place": 1}], 0),
+        (
+            [{"beats": 3, "pulse": 9, "place": 0}, {"beats": 3, "pulse": 0, "place": 2}],
+            1,
+        ),  # it stands still where it waited
+        ([{"beats": 3, "pulse": 0}, {"beats": 2, "pulse": 9}], 0),
+    ],
+)
+def test_the_hung_process_is_the_one_that_the_others_wait_for(signs: list[dict[str, int]], hung: int) -> None:
+    """Beats stopped at second 0; the pulse of a process that stands still did too."""
+    seen = Signs(2)
+    start = seen.now
+    for second in range(0, 32, 2):
+        now = [sign | {"pulse": second if sign["pulse"] else 0} for sign in signs]
+        seen.look(dict(enumerate(now)), start + second, 30.0)
+        assert seen.hung(30.0) is None
+    seen.look(seen.last, start + 32, 30.0)
+    assert seen.hung(30.0) == hung
+
+
+def test_a_job_that_was_suspended_as_a_whole_is_no_hung_one() -> None:
+    seen = Signs(2)
+    signs: dict[int, Any] = {rank: {"beats": 1, "pulse": 1} for rank in (0, 1)}
+    seen.look(signs, seen.now, 30.0)
+    seen.look(signs, seen.now + 3600.0, 30.0)
+    assert seen.hung(30.0) is None
+    for _ in range(4):
+        seen.look(signs, seen.now + 10.0, 30.0)
+    assert seen.hung(30.0) == 0
+
+
+def test_a_process_that_never_showed_itself_is_not_judged() -> None:
+    seen = Signs(2)
+    for _ in range(9):
+        seen.look({0: {"beats": 1}, 1: None}, seen.now + 10.0, 30.0)
+    assert seen.hung(30.0) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "place"), [("tropd_cli.rollout", 0), ("torch.autograd.graph", 1), ("torch.distributed.c10d", 2)]
+)
+def test_the_place_of_the_work_is_read_from_its_stack(tmp_path: Path, module: str, place: int) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    scope = {"__name__": module, "inside": inside, "go_on": go_on}
+    exec("def wait():\n    inside.set()\n    go_on.wait()", scope)
+    worker = threading.Thread(target=scope["wait"])
+    worker.start()
+    inside.wait()
+    watch = Watch(tmp_path, 0, 2, timeout=30.0, advice="")
+    watch._worker = worker.ident or 0
+    watch.beat("scoring step 3")
+    watch.pulse()
+    go_on.set()
+    worker.join()
+    sign = json.loads((tmp_path / "process-0.json").read_text())
+    assert (sign["doing"], sign["beats"], sign["pulse"], sign["place"]) == ("scoring step 3", 1, 1, place)
+
+
+def test_the_hung_process_is_named_and_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv(JOB, raising=False)
@@ -131,11 +198,8 @@ def test_the_process_that_is_behind_is_the_hung_one(
     monkeypatch.setattr(processes.os, "_exit", ended.append)
     monkeypatch.setattr(processes.os, "kill", lambda *args: ended.append(args))
     watches = [Watch(tmp_path, rank, 2, timeout=30.0, advice="Go on") for rank in (0, 1)]
-    watches[0].beat("sampling step 3")
-    watches[0].beat("scoring step 3")
     watches[1].beat("sampling step 3")
-    signs = {rank: json.loads((tmp_path / f"process-{rank}.json").read_text()) for rank in (0, 1)}
-    watches[0]._end(signs)
+    watches[0]._end(1, json.loads((tmp_path / "process-1.json").read_text()))
     assert ended == [(os.getpid(), signal.SIGKILL), 1]
     said = capsys.readouterr().err
     assert "process 1 (pid" in said and "no sign of life for 30 seconds; it was sampling step 3" in said

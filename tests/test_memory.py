@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from strategies import STRATEGIES, Credit, Needs
 from tropd_cli.batching import TokenBatch, token_batch
 from tropd_cli.credit_loss import CreditLoss, CreditRequest
 from tropd_cli.crediting import region_uniforms, token_credit
-from tropd_cli.memory import is_out_of_memory, with_smaller_batches
+from tropd_cli.errors import UserError
+from tropd_cli.memory import OutOfMemory, in_step, is_out_of_memory, with_smaller_batches
 from tropd_cli.models import LanguageModel
 from tropd_cli.scoring import CHUNK_BYTES, ScoringOptions, score_teacher
 
@@ -128,5 +130,46 @@ def test_memory_errors_are_told_from_others() -> None:
             smallest=1,
             knob="k",
             warn=print,
-            alone=True,
         )
+
+
+def test_all_processes_go_on_with_the_same_smaller_batch_when_one_is_short() -> None:
+    """Process 1 is short at 40 and at 20 tokens; its longest row has 9, ours 30."""
+    tried, warnings = [], []
+    theirs: list[Any] = [("CUDA out of memory", 9), ("CUDA out of memory", 9), None]
+    result = with_smaller_batches(
+        lambda budget: tried.append(budget) or budget, 40, smallest=30, knob="micro_batch_tokens",
+        warn=warnings.append, exchange=lambda mine: [mine, theirs[len(tried) - 1]],
+    )  # fmt: skip
+    assert result == (10, 10) and tried == [40, 20, 10]
+    assert warnings[0] == "out of memory in process 1; going on with micro_batch_tokens: 20"
+
+
+def test_all_processes_end_when_one_is_short_with_single_rows() -> None:
+    with pytest.raises(UserError, match=r"out of memory in process 1 \(no room\). Try gradient_checkpointing"):
+        with_smaller_batches(
+            lambda budget: budget, 8, smallest=4, knob="k", warn=print, exchange=lambda mine: [mine, ("no room", 8)]
+        )
+
+
+def test_a_step_of_all_processes_fails_on_all_of_them() -> None:
+    def short() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert in_step(lambda: "here", lambda failed: [failed, False]) == "here"
+    with pytest.raises(OutOfMemory) as here:
+        in_step(short, lambda failed: [failed, False])
+    with pytest.raises(OutOfMemory) as elsewhere:
+        in_step(lambda: "here", lambda failed: [failed, True])
+    assert (here.value.elsewhere, elsewhere.value.elsewhere) == (False, True)
+    said: list[Any] = []
+
+    def exchange(mine: Any) -> list[Any]:
+        said.append(mine)
+        return [mine, None if len(said) == 2 else ("no room", 1)]
+
+    def first_time_elsewhere(budget: int) -> int:
+        return budget if said else in_step(lambda: budget, lambda failed: [failed, True])
+
+    result = with_smaller_batches(first_time_elsewhere, 8, smallest=4, knob="k", warn=print, exchange=exchange)
+    assert result == (4, 4) and said == [None, None]  # what happened in another process is not said again as ours

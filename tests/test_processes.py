@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from strategies import STRATEGIES
 
+from .split_update import SOME, SPLITS
 from .test_distill import lasting, metrics
 
 ROOT = Path(__file__).parent.parent
@@ -40,15 +41,21 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", STRATEGIES.names())
 def test_an_update_does_not_depend_on_how_it_is_split(splits: Path, name: str, lora: bool) -> None:
-    results = [torch.load(splits / f"{split}.pt")[name, lora] for split in ("one", "two", "accumulated")]
-    (whole, weights), *others = results
+    """Not on three processes either, nor when memory runs out on one of two: all go on in smaller micro-batches."""
+    chosen = [split for split, (_, _, names) in SPLITS.items() if name in names]
+    results = {split: torch.load(splits / f"{split}.pt")[name, lora] for split in chosen}
+    assert len(results) == (5 if name in SOME else 3)
+    whole, weights = results.pop("one")
     assert len(whole) == 4 and any(row["grad_norm"] for row in whole)
-    for rows, other_weights in others:
+    for split, (rows, other_weights) in results.items():
+        # The model's norms and softmax compute in float32 even here: a factor of 2 commutes with their rounding, 3 does not.
+        loose = 1e4 if split == "three" else 1.0
         for row, other in zip(whole, rows, strict=True):
             known = [key for key, value in row.items() if key not in MACHINE and value is not None]
-            assert [row[k] for k in known] == pytest.approx([other[k] for k in known], rel=1e-9, abs=1e-11)
+            close = pytest.approx([other[k] for k in known], rel=1e-9 * loose, abs=1e-11 * loose)
+            assert [row[k] for k in known] == close, split
         for key, value in weights.items():
-            torch.testing.assert_close(value, other_weights[key], rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(value, other_weights[key], rtol=1e-7 * loose, atol=1e-9 * loose)
 
 
 def same_run(first: Path, second: Path) -> None:
@@ -74,6 +81,12 @@ def test_a_student_in_pieces_is_saved_whole(splits: Path) -> None:
     for name, value in whole.items():
         torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=1e-4)
     AutoModelForCausalLM.from_pretrained(splits / "sharded-12" / "student")
+
+
+def test_memory_that_runs_out_while_gradients_are_exchanged_ends_the_job(splits: Path) -> None:
+    """With the reason, instead of processes that wait for ever."""
+    said = (splits / "exchange.log").read_text()
+    assert "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)" in said
 
 
 def test_a_sharded_student_is_updated_and_sampled_like_a_whole_one(splits: Path) -> None:

@@ -263,4 +263,4 @@ class ModelInspector:
             yield row
 
     def _shrinking(self, action: Callable[[int], T], budget: int, smallest: int, knob: str) -> tuple[T, int]:
-        return with_smaller_batches(action, budget, smallest=smallest, knob=knob, warn=self.warn, alone=True)
+        return with_smaller_batches(action, budget, smallest=smallest, knob=knob, warn=self.warn)

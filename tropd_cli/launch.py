@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from .config import Config
 from .errors import UserError
@@ -43,7 +43,12 @@ def make_accelerator(config: Config, project_folder: str) -> Accelerator:
             mixed_precision="bf16" if bf16 else "no",
             log_with=config.log_with or None,
             project_dir=project_folder,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=patience),
+                # Buffers are the same everywhere. Exchanging them would make forward passes wait for each other, also
+                # for one that ran out of memory.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"log_with {config.log_with}: {error}. Install the extra: pip install 'tropd[log]'") from error

@@ -155,6 +155,10 @@ def distill(
             rich_help_panel=RUN,
         ),
     ] = None,
+    hang_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds without a sign of life after which a worker counts as hung.", rich_help_panel=RUN),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ...", rich_help_panel=RUN)] = None,
     teacher_device: Annotated[
         str | None, typer.Option(help="Of teacher and reference, which then stay whole there.", rich_help_panel=RUN)

@@ -90,12 +90,19 @@ def lost_contact(error: BaseException) -> bool:
 # ── signs of life ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+#: Where a process is when it waits for the others, by the module that runs: the later, the less it is to blame. A
+#: backward pass both computes and exchanges gradients.
+PLACES = (("torch.autograd.graph", 1), ("torch.distributed", 2))
+
+
 @dataclass
 class Watch:
     """Heartbeats of this process, and a thread that looks at everyone's and ends the job when one has none.
 
-    Every process passes the same beats, so the one that hangs is the one that is behind in their number. With a single
-    process nothing is written and nothing is watched.
+    A beat is given by the work, at the same points in every process; a pulse by the watching thread, with the place where
+    the work is just then. When beats stay away, the others wait for the one that hangs, so it is the one without a
+    pulse (stopped, or its machine gone), or else the one that is behind in its beats, or else the one that has not
+    arrived where the others wait. With a single process nothing is written and nothing is watched.
 
     Args:
         folder: where the heartbeats lie, seen by all machines of the job.
@@ -112,68 +119,113 @@ class Watch:
     advice: str
     before_exit: Callable[[], None] = lambda: None
     beats: int = 0
+    _sign: dict[str, Any] = field(default_factory=dict)
+    _writing: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+    _worker: int = field(default_factory=threading.get_ident)
     _parent: int = field(default_factory=os.getppid)
 
     def __enter__(self) -> Watch:
         if self.count > 1:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.beat("starting")
-            threading.Thread(target=self._watch, name="tropd-watch", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="tropd-watch", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self.count > 1:
+        if self._thread is not None:
+            self._thread.join()
             with contextlib.suppress(OSError):
                 self._path(self.rank).unlink()
                 self.folder.rmdir()  # the last one succeeds
 
     def beat(self, doing: str) -> None:
-        """A sign of life. `doing` is named should it be the last; it starts with "waiting" if others do the work."""
-        if self.count == 1:
-            return
+        """A sign of life of the work; `doing` is named should it be the last."""
         self.beats += 1
-        sign = {"beats": self.beats, "doing": doing, "pid": os.getpid(), "host": socket.gethostname()}
-        temporary = self._path(self.rank).with_suffix(".tmp")
-        with contextlib.suppress(OSError):  # a full disk must not end a job that survives it
-            temporary.write_text(json.dumps(sign), encoding="utf-8")
-            os.replace(temporary, self._path(self.rank))
+        if self.count > 1:
+            self._write(beats=self.beats, doing=doing)
+
+    def pulse(self) -> None:
+        """A sign of life of the process, whatever its work does."""
+        self._write(pulse=self._sign.get("pulse", 0) + 1, place=_place(self._worker))
+
+    def _write(self, **news: Any) -> None:
+        with self._writing:
+            self._sign |= {"pid": os.getpid(), "host": socket.gethostname(), **news}
+            temporary = self._path(self.rank).with_suffix(".tmp")
+            with contextlib.suppress(OSError):  # a full disk must not end a job that survives it
+                temporary.write_text(json.dumps(self._sign), encoding="utf-8")
+                os.replace(temporary, self._path(self.rank))
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"process-{rank}.json"
 
     def _watch(self) -> None:
-        # Times are when this process saw a beat change: the clocks of several machines need not agree.
-        signs: dict[int, dict[str, Any]] = {}
-        seen = dict.fromkeys(range(self.count), time.monotonic())
+        signs = Signs(self.count)
         while not self._stop.wait(min(5.0, self.timeout / 10)):
             if JOB in os.environ and os.getppid() != self._parent:
                 os._exit(1)  # the launcher was killed: nobody would end us
-            now = time.monotonic()
-            for rank in seen:
-                sign = _read(self._path(rank))
-                if sign and sign != signs.get(rank):
-                    signs[rank], seen[rank] = sign, now
-            if self.count == len(signs) and now - min(seen.values()) > self.timeout:
-                self._end(signs)
+            self.pulse()
+            signs.look({rank: _read(self._path(rank)) for rank in range(self.count)}, time.monotonic(), self.timeout)
+            hung = signs.hung(self.timeout)
+            if hung is not None:
+                self._end(hung, signs.last[hung])
 
-    def _end(self, signs: dict[int, dict[str, Any]]) -> None:
-        """Names the process that is behind, kills it if it is on this machine, and ends this one."""
-        rank = min(signs, key=lambda r: (signs[r]["beats"], signs[r]["doing"].startswith("waiting")))
-        sign = signs[rank]
+    def _end(self, rank: int, sign: dict[str, Any]) -> None:
+        """Names the process that hangs, kills it if it is on this machine, and ends this one."""
         if may_speak():
             self.before_exit()
             sys.stderr.write(
                 f"error: process {rank} (pid {sign['pid']} on {sign['host']}) gave no sign of life for "
                 f"{self.timeout:g} seconds; it was {sign['doing']}. The job was ended. {self.advice}. "
-                "If it is only slow, raise hang_timeout\n"
+                "If it is only slow, raise --hang-timeout\n"
             )
             sys.stderr.flush()
         if sign["host"] == socket.gethostname() and rank != self.rank:
             with contextlib.suppress(OSError):
                 os.kill(sign["pid"], signal.SIGKILL)
         os._exit(1)
+
+
+class Signs:
+    """What one process has seen of all processes' heartbeats. Times are its own: clocks of machines need not agree."""
+
+    def __init__(self, count: int) -> None:
+        self.last: dict[int, dict[str, Any]] = {}
+        self.now = time.monotonic()
+        #: rank -> when its beat and its pulse last changed
+        self.seen = {name: dict.fromkeys(range(count), self.now) for name in ("beats", "pulse")}
+
+    def look(self, signs: dict[int, dict[str, Any] | None], now: float, timeout: float) -> None:
+        """Takes note of what lies there `now`."""
+        if now - self.now > timeout / 2:  # it was this process that stood still, perhaps all of them: begin anew
+            self.seen = {name: dict.fromkeys(times, now) for name, times in self.seen.items()}
+        self.now = now
+        for rank, sign in signs.items():
+            for name, times in self.seen.items():
+                if sign and sign.get(name) != self.last.get(rank, {}).get(name):
+                    times[rank] = now
+            self.last |= {rank: sign} if sign else {}
+
+    def hung(self, timeout: float) -> int | None:
+        """The process that hangs, once some beat is older than `timeout`."""
+        if len(self.last) < len(self.seen["beats"]) or self.now - min(self.seen["beats"].values()) <= timeout:
+            return None
+        lifeless = [rank for rank, time_ in self.seen["pulse"].items() if self.now - time_ > timeout / 2]
+        return min(lifeless or self.last, key=lambda rank: (self.last[rank]["beats"], self.last[rank].get("place", 0)))
+
+
+def _place(thread: int) -> int:
+    """How far a thread is between its own work (0) and waiting for the other processes (2). See PLACES."""
+    frame, place = sys._current_frames().get(thread), 0
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        place = max([place, *(value for name, value in PLACES if module.startswith(name))])
+        frame = frame.f_back
+    return place
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from strategies.guidance import prefix_limit
 from .data import Prompt
 from .models import LanguageModel, Vocabulary
 from .randomness import inverse_cdf, nucleus, uniform
-from .sharding import in_step
+from .sharding import levelled
 
 #: Cache layers whose rows can be taken apart.
 ROWWISE = {DynamicLayer, DynamicSlidingWindowLayer}
@@ -164,7 +164,7 @@ class TransformersGenerator:
             plan.append(open_rows[:count])
             open_rows = open_rows[count:]
         if self.sharded:
-            plan = in_step(plan)
+            plan = levelled(plan)
         if plan:
             for index, response in self.language_model.run(lambda: self._written(plan, requests)):
                 results[index] = response

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import gather_object
 
-from strategies import Needs
+from strategies import Credit, Needs
 
 from .batching import TokenBatch, plan_micro_batches, row_lengths, token_batch
 from .config import Config
@@ -20,13 +20,13 @@ from .credit_loss import CreditOf, CreditRequest, Record
 from .crediting import batch_credit, fixed_credit, region_uniforms, token_credit
 from .data import prompts_of_step
 from .errors import UserError
-from .memory import with_smaller_batches
+from .memory import in_step, with_smaller_batches
 from .metrics import batch_sums, combine, peak_memory_bytes, rollout_sums, step_metrics, update_norm
 from .recording import spread, token_rows
 from .rollout import Rollout, make_rollout, step_prefix_limit
 from .scoring import Scores, ScoringOptions, score_reference, score_teacher
 from .session import Training, caught_signals, evaluate, keep_best, probe, restore, save, save_final
-from .sharding import in_step, whole
+from .sharding import levelled, whole
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class Interrupted(Exception):
 
 @dataclass
 class ScoredRollout:
-    """A rollout in micro-batches with what the frozen models say of it.
+    """A rollout in micro-batches of at most `token_budget` with what the frozen models say of it.
 
     recorded: whether its first sequences are kept in rollouts/.
     first: record of the first training forward, which later updates on the same rollout take their ratios from.
@@ -49,6 +49,7 @@ class ScoredRollout:
     rollout: Rollout
     batches: list[TokenBatch]
     scores: list[Scores]
+    token_budget: int
     prefix_limit: int
     seconds: dict[str, float]
     recorded: bool = False
@@ -57,7 +58,7 @@ class ScoredRollout:
 
 @dataclass
 class Gradient:
-    """What one pass over a rollout gave, its gradient apart, which lies in the parameters."""
+    """What one pass over a rollout gave, its gradient apart, which lies in the parameters: this process's share of it."""
 
     loss: float
     records: list[Record]
@@ -136,9 +137,8 @@ def score_and_update(
         scored.prefix_limit, scored.seconds["seconds_rollout"] = prefix_limit, seconds_rollout
         return scored, accumulate(t, scored)
 
-    longest = max(row_lengths(rollout), default=1)
     (scored, gradient), t.micro_batch_tokens = shrinking(
-        t, attempt, t.micro_batch_tokens, longest, "micro_batch_tokens"
+        t, attempt, t.micro_batch_tokens, longest_row(rollout), "micro_batch_tokens"
     )
     return scored, apply(t, scored, gradient)
 
@@ -147,32 +147,59 @@ def score(t: Training, rollout: Rollout, token_budget: int) -> ScoredRollout:
     """Micro-batches with the frozen models' scores. Every process makes the same number of micro-batches."""
     started = time.perf_counter()
     t.watch.beat(f"scoring step {t.completed + 1}")
-    plan = in_step(plan_micro_batches(row_lengths(rollout), token_budget, packed=t.pair.packs))
+    plan = levelled(plan_micro_batches(row_lengths(rollout), token_budget, packed=t.pair.packs))
     recorded = is_recorded(t)
     observed = Needs(teacher_entropy=True, teacher_top_k=t.config.record.top_k) if recorded else Needs()
     options = ScoringOptions(t.config.temperature, t.pair.vocabulary.allowed, rank=recorded)
-    batches, scores = [], []
-    for rows in plan:
-        batch = token_batch(rollout, rows, pad_id=t.pair.vocabulary.pad_id, packed=t.pair.packs).to(t.pair.device)
-        teacher, reference = t.pair.teacher, t.pair.reference
-        s = score_teacher(teacher, batch.to(teacher.device), t.needs | observed, options).to(t.pair.device)
-        if reference is not None:
-            logprob = score_reference(reference, batch.to(reference.device), options)
-            s = s.replace(reference_logprob=logprob.to(t.pair.device))
-        batches.append(batch)
-        scores.append(s)
+    batches = [
+        token_batch(rollout, rows, pad_id=t.pair.vocabulary.pad_id, packed=t.pair.packs).to(t.pair.device)
+        for rows in plan
+    ]
+    scores = in_step(lambda: [score_batch(t, batch, t.needs | observed, options) for batch in batches], exchange_of(t))
     seconds = {"seconds_teacher": time.perf_counter() - started}
-    return ScoredRollout(rollout, batches, scores, 0, seconds, recorded)
+    return ScoredRollout(rollout, batches, scores, token_budget, 0, seconds, recorded)
+
+
+def score_batch(t: Training, batch: TokenBatch, needs: Needs, options: ScoringOptions) -> Scores:
+    """What the frozen models say of one micro-batch."""
+    teacher, reference = t.pair.teacher, t.pair.reference
+    scores = score_teacher(teacher, batch.to(teacher.device), needs, options).to(t.pair.device)
+    if reference is None:
+        return scores
+    logprob = score_reference(reference, batch.to(reference.device), options)
+    return scores.replace(reference_logprob=logprob.to(t.pair.device))
 
 
 def update(t: Training, scored: ScoredRollout) -> dict[str, Any]:
-    """A later update on a rollout. Returns the step's metrics."""
+    """A later update on a rollout, in smaller micro-batches when memory runs out. Returns the step's metrics."""
     scored.seconds |= {"seconds_rollout": 0.0, "seconds_teacher": 0.0}
-    return apply(t, scored, accumulate(t, scored))
+
+    def attempt(token_budget: int) -> Gradient:
+        t.optimizer.zero_grad(set_to_none=True)
+        if token_budget < scored.token_budget:
+            regroup(scored, score(t, scored.rollout, token_budget))
+        return accumulate(t, scored)
+
+    gradient, t.micro_batch_tokens = shrinking(
+        t, attempt, t.micro_batch_tokens, longest_row(scored.rollout), "micro_batch_tokens"
+    )
+    return apply(t, scored, gradient)
+
+
+def regroup(scored: ScoredRollout, smaller: ScoredRollout) -> None:
+    """The same rollout in other micro-batches; what the student said of its tokens at first goes with them."""
+    if scored.first is not None:
+        keys = [token for batch in scored.batches for token in tokens_of(batch)]
+        place = {token: index for index, token in enumerate(keys)}
+        records = [record for record in scored.first if record]  # one without tokens has no entries
+        flat = {name: torch.cat([record[name] for record in records]) for name in (records[0] if records else {})}
+        indices = [torch.tensor([place[token] for token in tokens_of(batch)]) for batch in smaller.batches]
+        scored.first = [{name: value[i] for name, value in flat.items()} if len(i) else {} for i in indices]
+    scored.batches, scored.scores, scored.token_budget = smaller.batches, smaller.scores, smaller.token_budget
 
 
 def accumulate(t: Training, scored: ScoredRollout) -> Gradient:
-    """Loss and gradient over the whole rollout of all processes. Changes no weight, so it may be tried again."""
+    """Loss and gradient over this process's share of the rollout. Changes no weight, so it may be tried again."""
     started = time.perf_counter()
     request = CreditRequest(
         needs=t.needs,
@@ -186,7 +213,7 @@ def accumulate(t: Training, scored: ScoredRollout) -> Gradient:
     # denominator is global already.
     scale = t.accelerator.num_processes * t.accelerator.gradient_accumulation_steps
     for number, credit_of in enumerate(credits(t, scored, request)):
-        with gradient_sync(t, last=number == len(scored.batches) - 1):
+        with gradients_apart(t):
             micro_loss, record = forward(t, scored, number, replace(request, credit_of=credit_of))
             t.accelerator.backward(micro_loss * scale)
         loss += float(micro_loss.detach())
@@ -194,9 +221,27 @@ def accumulate(t: Training, scored: ScoredRollout) -> Gradient:
     return Gradient(loss, records, time.perf_counter() - started)
 
 
+def sum_gradients(t: Training, scored: ScoredRollout) -> None:
+    """Adds the processes' gradients up, now that memory sufficed for each one's share.
+
+    Data parallelism exchanges gradients inside a backward pass, where a process that ran out of memory would leave the
+    others waiting. So this pass has no tokens: it adds nothing, and what it exchanges is what has been accumulated.
+    """
+    if t.accelerator.num_processes == 1 or t.pair.sharded:
+        return
+    t.watch.beat(f"exchanging gradients in step {t.completed + 1}")
+    batch = token_batch(scored.rollout, [], pad_id=t.pair.vocabulary.pad_id).to(t.pair.device)
+    nothing = torch.zeros(0, device=t.pair.device)
+    request = CreditRequest(needs=Needs(), credit_of=fixed_credit(Credit(sampled=nothing)))
+    with t.accelerator.autocast():
+        loss, _ = t.wrapped(batch, Scores(teacher_logprob=nothing), request)
+    t.accelerator.backward(loss)
+
+
 def apply(t: Training, scored: ScoredRollout, gradient: Gradient) -> dict[str, Any]:
     """The optimizer step of an accumulated gradient. Returns the step's metrics."""
     started = time.perf_counter()
+    sum_gradients(t, scored)
     for group in t.optimizer.param_groups:
         group["lr"] = learning_rate(t.config, t.completed)
     grad_norm = float(whole(t.accelerator.clip_grad_norm_(t.parameters, t.config.optimizer.max_grad_norm)))
@@ -225,7 +270,8 @@ def credits(t: Training, scored: ScoredRollout, request: CreditRequest) -> list[
     if t.strategy.scope == "token":
         return [token_credit(t.strategy, weight)] * count
     with torch.no_grad():
-        records = [forward(t, scored, number, request)[1] for number in range(count)]
+        passes = lambda: [forward(t, scored, number, request)[1] for number in range(count)]  # noqa: E731
+        records = in_step(passes, exchange_of(t))
     made = batch_credit(
         t.strategy,
         scored.batches,
@@ -341,15 +387,37 @@ def checkpoint_is_due(config: Config, completed: int) -> bool:
 
 
 def shrinking(t: Training, action: Callable[[int], T], budget: int, smallest: int, knob: str) -> tuple[T, int]:
-    """`action` with as many tokens per batch as memory allows."""
-    alone = t.accelerator.num_processes == 1
-    return with_smaller_batches(action, budget, smallest=smallest, knob=knob, warn=t.display.warn, alone=alone)
+    """`action` with as many tokens per batch as the memory of every process allows."""
+    return with_smaller_batches(
+        action, budget, smallest=smallest, knob=knob, warn=t.display.warn, exchange=exchange_of(t)
+    )
 
 
-def gradient_sync(t: Training, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Gradients are exchanged once per optimizer step, in its last micro-batch; sharded ones at once, so that none is
+def gradients_apart(t: Training) -> contextlib.AbstractContextManager[Any]:
+    """Gradients are exchanged once per optimizer step, after its last micro-batch; sharded ones at once, so that none is
     ever whole."""
-    return contextlib.nullcontext() if last or t.pair.sharded else t.accelerator.no_sync(t.wrapped)
+    return contextlib.nullcontext() if t.pair.sharded else t.accelerator.no_sync(t.wrapped)
+
+
+def exchange_of(t: Training) -> Callable[[Any], list[Any]]:
+    """What every process says of its memory. They meet here, so they go on with the same number of beats."""
+
+    def exchange(mine: Any) -> list[Any]:
+        beats, said = zip(*gather_object([(t.watch.beats, mine)]), strict=True)
+        t.watch.beats = max(beats)
+        return list(said)
+
+    return exchange
+
+
+def longest_row(rollout: Rollout) -> int:
+    """Tokens of the longest row, prompt included."""
+    return max(row_lengths(rollout), default=1)
+
+
+def tokens_of(batch: TokenBatch) -> list[tuple[int, int]]:
+    """(row, position) of each token of a micro-batch."""
+    return list(zip(batch.row.tolist(), batch.position.tolist(), strict=True))
 
 
 def learning_rate(config: Config, step: int) -> float:

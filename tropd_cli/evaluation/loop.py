@@ -142,7 +142,7 @@ def sample_batch(
 
     responses, write.token_budget = with_smaller_batches(
         attempt, write.token_budget, smallest=max(len(r.prompt_ids) for r in requests) + longest,
-        knob="rollout_batch_tokens", warn=e.display.warn, alone=e.accelerator.num_processes == 1,
+        knob="rollout_batch_tokens", warn=e.display.warn,
     )  # fmt: skip
     rows = graded_rows(e, task, [(task.items[number], sample) for number, sample in keys], responses)
     if e.divergence:
