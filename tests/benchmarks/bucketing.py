@@ -19,14 +19,18 @@ import torch
 from tests.tiny import random_rollout
 from tropd_cli.rollout import Rollout
 
-from .engine import Engine, Plan, batches, planned
+from .engine import Engine, Plan, planned, with_packing
 from .process import RESULTS, alternating, write_results
 from .shapes import llama_135m, random_pair
 
 
 def plans(rollout: Rollout, token_budget: int) -> dict[str, Plan]:
-    """The ways of cutting a rollout that are compared; the first is what the others are measured against."""
-    return {"one padded batch": [list(range(len(rollout)))], "planned": planned(rollout, token_budget)}
+    """The ways that are compared; the first is what the others are measured against, the last what training does."""
+    return {
+        "one padded batch": Plan([list(range(len(rollout)))]),
+        "by length, padded": planned(rollout, token_budget, packed=False),
+        "packed": planned(rollout, token_budget, packed=True),
+    }
 
 
 def score_and_update(engine: Engine, rollout: Rollout, plan: Plan) -> Callable[[], float]:
@@ -35,7 +39,7 @@ def score_and_update(engine: Engine, rollout: Rollout, plan: Plan) -> Callable[[
 
     def action() -> float:
         loss = 0.0
-        for batch in batches(rollout, plan, engine.student.device):
+        for batch in plan.batches(rollout, engine.student.device):
             loss += float(engine.update(batch, engine.score(batch), tokens).detach())
         engine.forget_gradient()
         return loss
@@ -45,19 +49,19 @@ def score_and_update(engine: Engine, rollout: Rollout, plan: Plan) -> Callable[[
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     draw = random.Random(args.seed)
-    engine = Engine(*random_pair(llama_135m(layers=args.layers)))
+    engine = with_packing(Engine(*random_pair(llama_135m(layers=args.layers))))
     lengths = [draw.randint(*args.lengths) for _ in range(args.rows)]
     rollout = random_rollout(lengths, vocabulary=engine.student.vocabulary)
     found = plans(rollout, args.token_budget)
     actions = [score_and_update(engine, rollout, plan) for plan in found.values()]
     warm = random_rollout([8], vocabulary=engine.student.vocabulary)
-    score_and_update(engine, warm, [[0]])()
+    score_and_update(engine, warm, Plan([[0]]))()
     seconds = alternating(actions, args.repeats)
     tokens = sum(lengths)
     for (name, plan), taken in zip(found.items(), seconds, strict=True):
         yield {
             "plan": name,
-            "micro_batches": len(plan),
+            "micro_batches": len(plan.rows),
             "rows": args.rows,
             "tokens": tokens,
             "token_budget": args.token_budget,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +14,10 @@ from tropd_cli.batching import TokenBatch, plan_micro_batches, row_lengths, toke
 from tropd_cli.credit_loss import CreditLoss, CreditRequest
 from tropd_cli.crediting import region_uniforms, token_credit
 from tropd_cli.models import LanguageModel
+from tropd_cli.packing import enable_packing
+from tropd_cli.pair import hidden_tolerance
 from tropd_cli.rollout import Rollout
 from tropd_cli.scoring import Scores, ScoringOptions, score_teacher
-
-#: One micro-batch: the rows of a rollout that are computed together.
-Plan = list[list[int]]
 
 
 @dataclass
@@ -59,20 +58,30 @@ class Engine:
         self.student.model.zero_grad(set_to_none=True)
 
 
-def planned(rollout: Rollout, token_budget: int) -> Plan:
-    """How training cuts a rollout into micro-batches."""
-    return plan_micro_batches(row_lengths(rollout), token_budget)
+def with_packing(engine: Engine) -> Engine:
+    """The engine with both models able to take packed rows, as loading a pair makes them."""
+    for model in (engine.student, engine.teacher):
+        assert enable_packing(model.model, model.backbone, list(range(2, 12)), tolerance=hidden_tolerance(model))
+    return engine
 
 
-def batches(rollout: Rollout, plan: Plan, device: torch.device) -> list[TokenBatch]:
-    return [token_batch(rollout, rows, pad_id=0).to(device) for rows in plan]
+@dataclass(frozen=True)
+class Plan:
+    """How a rollout is cut into micro-batches: the rows of each, and whether they stand end to end or are padded."""
+
+    rows: list[list[int]]
+    packed: bool = False
+
+    def batches(self, rollout: Rollout, device: torch.device) -> list[TokenBatch]:
+        return [token_batch(rollout, rows, pad_id=0, packed=self.packed).to(device) for rows in self.rows]
+
+
+def planned(rollout: Rollout, token_budget: int, *, packed: bool) -> Plan:
+    """As training cuts it."""
+    return Plan(plan_micro_batches(row_lengths(rollout), token_budget, packed=packed), packed)
 
 
 def equal_rows(rows: int, length: int, vocabulary: int) -> TokenBatch:
-    """One micro-batch of random responses of the same length."""
-    return one_batch([length] * rows, vocabulary)
-
-
-def one_batch(lengths: Sequence[int], vocabulary: int) -> TokenBatch:
-    """Random responses of the given lengths in one micro-batch, in that order."""
-    return token_batch(random_rollout(list(lengths), vocabulary=vocabulary), range(len(lengths)), pad_id=0)
+    """One padded micro-batch of random responses of the same length."""
+    rollout = random_rollout([length] * rows, vocabulary=vocabulary)
+    return token_batch(rollout, range(rows), pad_id=0)

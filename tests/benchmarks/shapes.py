@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import string
@@ -64,7 +65,7 @@ def random_model(
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return kind(config)
+            return kind(copy.deepcopy(config))  # models write into theirs
     finally:
         torch.set_default_dtype(before)
 
