@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,23 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(frozen=True)
 class Allocations:
-    """sizes: bytes of every allocation. peak: most bytes held at once beyond what was held before."""
+    """changes: bytes of every allocation, and of every release below zero, in order."""
 
-    sizes: list[int]
-    peak: int
+    changes: list[int]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes held at once beyond what was held before."""
+        return self.peak_apart_from(set())
+
+    def peak_apart_from(self, sizes: set[int]) -> int:
+        """`peak` without the tensors of these sizes (weights and their gradients)."""
+        counted = (change for change in self.changes if abs(change) not in sizes)
+        return max(0, *itertools.accumulate(counted))
 
     def largest(self, *, apart_from: set[int] = frozenset()) -> int:  # type: ignore[assignment]
         """The largest allocation whose size is not one of `apart_from` (weights)."""
-        return max(size for size in self.sizes if size not in apart_from)
+        return max(size for size in self.changes if size not in apart_from)
 
 
 def allocations(action: Callable[[], Any]) -> Allocations:
@@ -27,10 +37,4 @@ def allocations(action: Callable[[], Any]) -> Allocations:
         result = action()
     del result
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held, peak, sizes = 0, 0, []
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-        if event.nbytes() > 0:
-            sizes.append(event.nbytes())
-    return Allocations(sizes, peak)
+    return Allocations([event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())])

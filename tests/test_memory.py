@@ -2,67 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from strategies import STRATEGIES, Credit, Needs
-from tropd_cli.batching import TokenBatch, token_batch
-from tropd_cli.credit_loss import CreditLoss, CreditRequest
-from tropd_cli.crediting import region_uniforms, token_credit
+from strategies import Credit
 from tropd_cli.errors import UserError
 from tropd_cli.memory import OutOfMemory, in_step, is_out_of_memory, with_smaller_batches
-from tropd_cli.models import LanguageModel
-from tropd_cli.scoring import CHUNK_BYTES, ScoringOptions, score_teacher
+from tropd_cli.scoring import CHUNK_BYTES
 
+from .benchmarks.engine import Engine, equal_rows, with_packing
+from .benchmarks.growth import with_length, with_vocabulary
+from .benchmarks.shapes import qwen2, random_pair
 from .memory import allocations
-from .tiny import full_logits, random_rollout, reference_loss
+from .tiny import full_logits, reference_loss
 
 VOCABULARY = 151_936
 
 
-def small_qwen(vocabulary: int, seed: int) -> LanguageModel:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=True,
-    )  # fmt: skip
-    return LanguageModel(Qwen2ForCausalLM(config), "small", vocabulary, GenerationConfig(eos_token_id=1))
-
-
-def score_and_update(
-    student: LanguageModel, teacher: LanguageModel, batch: TokenBatch, name: str
-) -> Callable[[], list[torch.Tensor]]:
-    strategy = STRATEGIES.build(name)
-    needs = strategy.needs | Needs(teacher_logprob=True, student_entropy=True)
-    allowed = torch.ones(student.vocabulary, dtype=torch.bool)
-    module = CreditLoss(student)
-
-    def step() -> list[torch.Tensor]:
-        scores = score_teacher(teacher, batch, needs, ScoringOptions(1.0, allowed))
-        request = CreditRequest(needs, token_credit(strategy, 0.001), len(batch), uniforms=region_uniforms(0, batch))
-        loss, _ = module(batch, scores, request)
-        loss.backward()
-        return [loss]
-
-    return step
+def small_engine(vocabulary: int, strategy: str = "trust-region") -> Engine:
+    return Engine(*random_pair(qwen2(vocabulary, hidden=32, layers=1)), strategy)
 
 
 def test_the_largest_tensor_is_the_chunk_and_growth_is_under_a_third_of_full_logits() -> None:
-    student, teacher = small_qwen(VOCABULARY, 0), small_qwen(VOCABULARY, 1)
-    batch = token_batch(random_rollout([128] * 4, vocabulary=VOCABULARY), [0, 1, 2, 3], pad_id=0)
+    engine, batch = small_engine(VOCABULARY), equal_rows(4, 128, VOCABULARY)
     assert len(batch) == 512
-    weights = {p.numel() * 4 for p in student.model.parameters()}
-    ours = allocations(score_and_update(student, teacher, batch, "trust-region"))
-    student.model.zero_grad(set_to_none=True)
+    weights = {p.numel() * 4 for p in engine.student.model.parameters()}
+    ours = allocations(lambda: engine.score_and_update(batch))
+    engine.forget_gradient()
 
     def full() -> list[torch.Tensor]:
-        top = full_logits(teacher, batch).detach().log_softmax(-1).topk(64)
+        top = full_logits(engine.teacher, batch).detach().log_softmax(-1).topk(64)
         loss = reference_loss(
-            full_logits(student, batch),
+            full_logits(engine.student, batch),
             batch.token_ids,
             top.indices,
             Credit(torch.ones(512), top_k=top.values.exp()),
@@ -79,43 +52,29 @@ def test_the_largest_tensor_is_the_chunk_and_growth_is_under_a_third_of_full_log
 
 
 def test_full_distributions_stay_inside_the_chunk() -> None:
-    student, teacher = small_qwen(VOCABULARY, 0), small_qwen(VOCABULARY, 1)
-    batch = token_batch(random_rollout([40], vocabulary=VOCABULARY), [0], pad_id=0)
-    weights = {p.numel() * 4 for p in student.model.parameters()}
-    assert (
-        allocations(score_and_update(student, teacher, batch, "gkd")).largest(apart_from=weights) <= CHUNK_BYTES["cpu"]
-    )
+    engine, batch = small_engine(VOCABULARY, "gkd"), equal_rows(1, 40, VOCABULARY)
+    weights = {p.numel() * 4 for p in engine.student.model.parameters()}
+    assert allocations(lambda: engine.score_and_update(batch)).largest(apart_from=weights) <= CHUNK_BYTES["cpu"]
 
 
-def test_doubling_the_vocabulary_adds_no_logits() -> None:
-    peaks = []
-    for vocabulary in (VOCABULARY // 2, VOCABULARY):
-        student, teacher = small_qwen(vocabulary, 0), small_qwen(vocabulary, 1)
-        batch = token_batch(random_rollout([128] * 2, vocabulary=vocabulary), [0, 1], pad_id=0)
-        weights = sum({p.numel() * 4 for p in student.model.parameters() if p.numel() > 10**6})
-        peaks.append(allocations(score_and_update(student, teacher, batch, "trust-region")).peak - 2 * weights)
-    assert peaks[1] - peaks[0] < 0.02 * 256 * VOCABULARY * 4
+def test_growth_with_vocabulary_is_under_two_percent_of_the_logits() -> None:
+    """As much for doubling it. The chunks get fewer rows, and nothing else has the vocabulary's length but weights."""
+    cases = list(with_vocabulary([VOCABULARY // 2, VOCABULARY], rows=2, length=128, hidden=32, layers=1))
+    assert cases[1]["share_of_logits"] < 0.02
 
 
-def test_growth_with_length_is_that_of_per_token_results() -> None:
-    """Four times the tokens: the chunks stay, only activations, hidden states and top-k grow."""
-    student, teacher = small_qwen(VOCABULARY, 0), small_qwen(VOCABULARY, 1)
-    peaks = []
-    for length in (64, 192):
-        batch = token_batch(random_rollout([length] * 2, vocabulary=VOCABULARY), [0, 1], pad_id=0)
-        peaks.append(allocations(score_and_update(student, teacher, batch, "trust-region")).peak)
-        student.model.zero_grad(set_to_none=True)
-    per_token = (peaks[1] - peaks[0]) / (2 * (192 - 64))
-    assert per_token < 0.05 * VOCABULARY * 4
+def test_growth_with_length_is_that_of_the_backbone_activations() -> None:
+    """Twice the tokens, both more than a chunk holds: only what the backbone keeps for its backward pass grows."""
+    engine = with_packing(Engine(*random_pair(qwen2(32_768, hidden=128, layers=3))))
+    _, longer = with_length(engine, [300, 600], rows=2)
+    assert 0.85 < longer["ratio"] < 1.15
 
 
 def test_one_student_and_one_teacher_forward_per_rollout() -> None:
-    student, teacher = small_qwen(1000, 0), small_qwen(1000, 1)
-    calls = {"student": 0, "teacher": 0}
-    for role, model in (("student", student), ("teacher", teacher)):
+    engine, calls = small_engine(1000), {"student": 0, "teacher": 0}
+    for role, model in (("student", engine.student), ("teacher", engine.teacher)):
         model.backbone.register_forward_hook(lambda *_, role=role: calls.__setitem__(role, calls[role] + 1))
-    batch = token_batch(random_rollout([16] * 4, vocabulary=1000), [0, 1, 2, 3], pad_id=0)
-    score_and_update(student, teacher, batch, "trust-region")()
+    engine.score_and_update(equal_rows(4, 16, 1000))
     assert calls == {"student": 1, "teacher": 1}
 
 

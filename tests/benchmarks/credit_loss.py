@@ -1,84 +1,166 @@
 """Credit loss against the bare matrix products: CPU-seconds, peak allocations, fraction of the limit.
 
-    python -m tests.benchmarks.credit_loss --tokens 512 2048 --vocabulary 32000 151936 --hidden 256
+    python -m tests.benchmarks.credit_loss
+    python -m tests.benchmarks.credit_loss --tokens 512 --vocabulary 151936
 
+Teacher scores with the strategy's top-k, and the student's loss and gradient, from hidden states that are given: no backbone.
 The limit is the time of the products nobody can avoid: one for the teacher's logits, three for the student (logits,
-gradient of the hidden states, gradient of the weight). One JSON object per case on stdout.
+gradient of the hidden states, gradient of the weight). A case of more than LARGE tokens is timed once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from strategies import STRATEGIES, Needs
+from strategies import Credit
 from tests.memory import allocations
+from tests.tiny import reference_loss
 from tropd_cli.batching import TokenBatch
-from tropd_cli.credit_loss import CreditRequest, _Fused, _Job
-from tropd_cli.crediting import region_uniforms, token_credit
 from tropd_cli.models import Head
-from tropd_cli.scoring import ScoringOptions, score_teacher
+
+from .engine import Engine, equal_rows
+from .process import RESULTS, alternating, write_results
+
+LARGE = 4096  #: tokens
+
+#: Rows of the bare products' logits: small enough for a CPU's cache, large enough for a GPU to be busy.
+BARE_CHUNK = {"cpu": 64, "cuda": 1024}
 
 
-def flat_batch(count: int, vocabulary: int) -> TokenBatch:
-    """N tokens of one row, each predicted by the hidden state of the same number."""
-    index = torch.arange(count)
-    zeros = torch.zeros_like(index)
-    inputs = zeros.unsqueeze(0)
-    tokens = torch.randint(vocabulary, (count,))
-    return TokenBatch(0, inputs, index, inputs, index, tokens, zeros.bool(), zeros, index, zeros, zeros)
+@dataclass
+class Heads:
+    """Hidden states of N tokens and the two models' heads, in the shape in which training meets them.
+
+    student_hidden [1, L, H] a leaf, and student_head: float32, computed with under autocast unless `compute` is float32.
+    teacher_hidden [1, L, H_teacher] and teacher_head: in `compute`.
+    """
+
+    batch: TokenBatch
+    student_hidden: Tensor
+    teacher_hidden: Tensor
+    student_head: nn.Linear
+    teacher_head: nn.Linear
+    compute: torch.dtype
+
+    def engine(self, strategy: str) -> Engine:
+        """The program's engine on models that are all head."""
+        student = _headed(self.student_head, self.student_hidden)
+        return Engine(student, _headed(self.teacher_head, self.teacher_hidden), strategy, self.context)
+
+    def context(self) -> torch.autocast:
+        return torch.autocast(self.student_hidden.device.type, self.compute, enabled=self.compute != torch.float32)
+
+    def used(self, hidden: Tensor) -> Tensor:
+        """[N, H] of [1, L, H]: the states that predict response tokens."""
+        return hidden[0, self.batch.predicts]
+
+    def forget_gradient(self) -> None:
+        self.student_hidden.grad = None
+        self.student_head.zero_grad(set_to_none=True)
 
 
-def stages(
-    count: int, vocabulary: int, hidden_size: int, strategy_name: str
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(score and update from given hidden states, the four bare products)."""
+def _headed(projection: nn.Linear, hidden: Tensor) -> Any:
+    """What the engine asks of a model, with hidden states that are there already."""
+    output = SimpleNamespace(last_hidden_state=hidden)
+    return SimpleNamespace(
+        model=projection, head=Head(projection), backbone=lambda **_: output, vocabulary=projection.out_features
+    )
+
+
+def random_heads(
+    count: int, vocabulary: int, hidden: int, *, teacher_hidden: int | None = None, device: str = "cpu",
+    compute: torch.dtype = torch.float32,
+) -> Heads:  # fmt: skip
     torch.manual_seed(0)
-    hidden, teacher_hidden = torch.randn(count, hidden_size), torch.randn(count, hidden_size)
-    student_head, teacher_head = (nn.Linear(hidden_size, vocabulary, bias=False) for _ in range(2))
-    batch = flat_batch(count, vocabulary)
-    strategy = STRATEGIES.build(strategy_name)
-    needs = strategy.needs | Needs(teacher_logprob=True, student_entropy=True)
-    output = SimpleNamespace(last_hidden_state=teacher_hidden.unsqueeze(0))
-    teacher = SimpleNamespace(head=Head(teacher_head), backbone=lambda **_: output, vocabulary=vocabulary)
-    options = ScoringOptions(1.0, torch.ones(vocabulary, dtype=torch.bool))
-    uniforms = region_uniforms(0, batch)
-    chunk = 64
-
-    def ours() -> None:
-        scores = score_teacher(teacher, batch, needs, options)  # type: ignore[arg-type]
-        request = CreditRequest(needs, token_credit(strategy, 0.001), count, uniforms=uniforms)
-        job = _Job(Head(student_head), batch, scores, request, 1.0, None)
-        leaf = hidden.clone().requires_grad_()
-        _Fused.apply(leaf, job, student_head.weight).backward()
-        student_head.zero_grad(set_to_none=True)
-
-    def bare() -> None:
-        logits = torch.empty(chunk, vocabulary)
-        gradient = torch.zeros_like(student_head.weight)
-        with torch.no_grad():
-            for start in range(0, count, chunk):
-                h = hidden[start : start + chunk]
-                out: Tensor = logits[: len(h)]
-                torch.mm(teacher_hidden[start : start + chunk], teacher_head.weight.t(), out=out)
-                torch.mm(h, student_head.weight.t(), out=out)
-                torch.mm(out, student_head.weight)
-                gradient.addmm_(out.t(), h)
-
-    return ours, bare
+    batch = equal_rows(1, count, vocabulary).to(torch.device(device))
+    length, width = batch.inputs.shape[1], teacher_hidden or hidden
+    return Heads(
+        batch,
+        torch.randn(1, length, hidden, device=device).requires_grad_(),
+        torch.randn(1, length, width, device=device, dtype=compute),
+        nn.Linear(hidden, vocabulary, bias=False, device=device),
+        nn.Linear(width, vocabulary, bias=False, device=device, dtype=compute).requires_grad_(False),
+        compute,
+    )
 
 
-def cpu_seconds(action: Callable[[], None]) -> float:
-    start = time.process_time()
-    action()
-    return time.process_time() - start
+def ours(heads: Heads, strategy: str) -> Callable[[], None]:
+    engine = heads.engine(strategy)
+
+    def action() -> None:
+        engine.score_and_update(heads.batch)
+        heads.forget_gradient()
+
+    return action
+
+
+def bare(heads: Heads) -> Callable[[], None]:
+    """The four products, chunk by chunk, and nothing else."""
+    device = heads.student_hidden.device
+    chunk = BARE_CHUNK[device.type]
+
+    @torch.no_grad()
+    def action() -> None:
+        student, teacher = heads.used(heads.student_hidden).to(heads.compute), heads.used(heads.teacher_hidden)
+        weight, teacher_weight = heads.student_head.weight.to(heads.compute), heads.teacher_head.weight
+        logits = student.new_empty(chunk, weight.shape[0])
+        gradient = torch.zeros_like(weight)
+        for start in range(0, len(student), chunk):
+            h = student[start : start + chunk]
+            out = logits[: len(h)]
+            torch.mm(teacher[start : start + chunk], teacher_weight.t(), out=out)
+            torch.mm(h, weight.t(), out=out)
+            torch.mm(out, weight)
+            gradient.addmm_(out.t(), h)
+
+    return action
+
+
+def full(heads: Heads, top_k: int) -> Callable[[], None]:
+    """The same kind of loss (sampled token, and the teacher's top-k) by autograd on all logits at once."""
+
+    def action() -> None:
+        with heads.context():
+            with torch.no_grad():
+                teacher = heads.teacher_head(heads.used(heads.teacher_hidden)).float().log_softmax(-1).topk(top_k)
+            logits = heads.student_head(heads.used(heads.student_hidden)).float()
+        credit = Credit(torch.ones_like(logits[:, 0]), top_k=teacher.values.exp())
+        reference_loss(logits, heads.batch.token_ids, teacher.indices, credit, len(logits)).backward()
+        heads.forget_gradient()
+
+    return action
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for vocabulary in args.vocabulary:
+        for count in args.tokens:
+            heads = random_heads(count, vocabulary, args.hidden)
+            repeats = 1 if count > LARGE else args.repeats
+            actions = [ours(heads, args.strategy), bare(heads)]
+            actions[1]()  # the first products of a process are slow
+            seconds, limit = alternating(actions, repeats)
+            yield {
+                "tokens": count,
+                "vocabulary": vocabulary,
+                "hidden": args.hidden,
+                "strategy": args.strategy,
+                "threads": torch.get_num_threads(),
+                "repeats": repeats,
+                "cpu_seconds": seconds,
+                "bare_cpu_seconds": limit,
+                "fraction_of_limit": limit / seconds,
+                "peak_bytes": allocations(actions[0]).peak,
+                "weight_bytes": vocabulary * args.hidden * 4,
+                "logits_bytes": vocabulary * count * 4,
+            }
 
 
 def main() -> None:
@@ -88,25 +170,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--strategy", default="trust-region")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "credit_loss.json")
     args = parser.parse_args()
-    for vocabulary in args.vocabulary:
-        for count in args.tokens:
-            ours, bare = stages(count, vocabulary, args.hidden, args.strategy)
-            bare()
-            pairs = [(cpu_seconds(ours), cpu_seconds(bare)) for _ in range(args.repeats)]
-            row = {
-                "tokens": count,
-                "vocabulary": vocabulary,
-                "hidden": args.hidden,
-                "strategy": args.strategy,
-                "threads": torch.get_num_threads(),
-                "cpu_seconds": round(statistics.median(p[0] for p in pairs), 3),
-                "bare_cpu_seconds": round(statistics.median(p[1] for p in pairs), 3),
-                "fraction_of_limit": round(statistics.median(p[1] / p[0] for p in pairs), 3),
-                "peak_bytes": allocations(ours).peak,
-                "weight_bytes": vocabulary * args.hidden * 4,
-            }
-            print(json.dumps(row), flush=True)
+    write_results(args.out, "credit_loss", measure(args))
 
 
 if __name__ == "__main__":
