@@ -22,9 +22,15 @@ table: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.table --models build/models
 	$(BIN)/python -m tests.benchmarks.collapse
 
-# Minutes: the credit loss against the bare matrix products.
+# A quarter of an hour: speed and memory, then the tables and pictures of docs/benchmarks.md. A step beside the peer's:
+# make bench PEER_PYTHON=path/to/python (an environment that has trl==1.16.0).
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.credit_loss
+	$(BIN)/python -m tests.benchmarks.step $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
+	$(BIN)/python -m tests.benchmarks.growth
+	$(BIN)/python -m tests.benchmarks.rollout
+	$(BIN)/python -m tests.benchmarks.bucketing
+	$(BIN)/python -m tests.benchmarks.report
 
 # torch first and alone: resolved together with the rest, pip may take a CUDA build of several gigabytes.
 $(STAMP): pyproject.toml constraints.txt

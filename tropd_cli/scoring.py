@@ -18,7 +18,7 @@ from .models import Head, LanguageModel
 from .packing import packed_hidden
 
 #: Size of one [c, V] float32 chunk in bytes. On CPUs larger chunks fall out of the cache; on GPUs small ones waste it.
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 
 
 @dataclass

@@ -1,0 +1,160 @@
+"""The speed and memory section of docs/benchmarks.md from the JSON of the benchmarks: `python -m tests.benchmarks.report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import typer
+
+from .process import RESULTS
+from .table import DOCS, write_page
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+MEBI = 2**20
+#: Okabe and Ito's palette, told apart with every kind of colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
+
+Document = dict[str, Any]
+
+
+def table(heading: list[str], rows: list[list[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def bars(path: Path, labels: list[str], series: dict[str, list[float]], ylabel: str, title: str) -> None:
+    """Groups of bars, one group per label."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    width = 0.8 / len(series)
+    for number, (name, values) in enumerate(series.items()):
+        places = [place + (number - (len(series) - 1) / 2) * width for place in range(len(labels))]
+        drawn = axes.bar(places, values, width, label=name, color=COLOURS[number])
+        axes.bar_label(drawn, fmt="%.3g", fontsize=8)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# ── one part per benchmark: Markdown, and a picture beside it ───────────────────────────────────────────────────────
+
+
+def step(document: Document, images: Path) -> str:
+    (case,) = document["cases"]
+    medians = case["medians"]
+    stages = {"rollout": "rollout", "score_update": "score + update", "step": "whole step"}
+    rows = []
+    for side, measured in medians.items():
+        seconds = [f"{measured[stage]['cpu_seconds']:.1f}" for stage in stages]
+        rows.append([side, *seconds, f"{measured['score_update']['growth'] / MEBI:,.0f}"])
+    if "ratios" in case:
+        ratios = case["ratios"]
+        found = [f"**{ratios[f'{stage}_cpu_seconds']:.2f}**" for stage in stages]
+        rows.append(["**ours / peer**", *found, f"**{ratios['score_update_growth']:.2f}**"])
+    heading = ["", *(f"{name}, CPU-s" for name in stages.values()), "growth in score + update, MiB"]
+    series = {side: [m[stage]["cpu_seconds"] for stage in stages] for side, m in medians.items()}
+    bars(images / "bench-step.png", list(stages.values()), series, "CPU-seconds", "One step, median of alternating runs")
+    return (
+        "### A whole step beside a peer\n\n"
+        f"Two random Qwen2 models, vocabulary {case['vocabulary']:,}, hidden {case['hidden']}, {case['layers']} layers; "
+        f"{case['responses']} responses of {case['length']} tokens to prompts of {case['prompt']}; float32, "
+        f"{case['threads']} threads, strategy `{case['strategy']}`; median of {case['repeats']} alternating runs, each in a "
+        "process of its own. The peer is TRL 1.16's DistillationTrainer with beta 1. Growth: peak resident memory during the "
+        "stage minus the memory just before.\n\n"
+        f"{table(heading, rows)}\n\n![CPU-seconds by stage](images/bench-step.png)"
+    )
+
+
+def bucketing(document: Document, images: Path) -> str:
+    cases = document["cases"]
+    rows = [
+        [c["plan"], str(c["micro_batches"]), f"{c['tokens_per_cpu_second']:.0f}", f"{c['speed_up']:.2f}"] for c in cases
+    ]
+    speed = {"": [c["tokens_per_cpu_second"] for c in cases]}
+    bars(images / "bench-micro-batches.png", [c["plan"] for c in cases], speed, "tokens per CPU-second", "Score + update")
+    first = cases[0]
+    return (
+        "### Micro-batches\n\n"
+        f"Score and update of {first['rows']} responses, {first['tokens']:,} tokens, random weights of the 135M shape "
+        f"({first['layers']} layers), at most {first['token_budget']:,} tokens in a micro-batch; against one padded batch in "
+        "arrival order.\n\n"
+        f"{table(['micro-batches', 'how many', 'tokens per CPU-second', 'times as fast'], rows)}\n\n"
+        "![Tokens per CPU-second](images/bench-micro-batches.png)"
+    )
+
+
+def growth(document: Document, images: Path) -> str:
+    by_length = [c for c in document["cases"] if c["kind"] == "length"]
+    by_vocabulary = [c for c in document["cases"] if c["kind"] == "vocabulary"]
+    rows = [
+        [f"{c['length']:,}", f"{c['peak'] / MEBI:.0f}", f"{c['backbone_peak'] / MEBI:.0f}", f"{c['ratio']:.3f}" if "ratio" in c else "–"]
+        for c in by_length
+    ]  # fmt: skip
+    others = [
+        [f"{c['vocabulary']:,}", f"{c['peak'] / MEBI:.0f}", f"{c['logits'] / MEBI:,.0f}", f"{c['share_of_logits']:.2%}" if "share_of_logits" in c else "–"]
+        for c in by_vocabulary
+    ]  # fmt: skip
+    series = {name: [c[key] / MEBI for c in by_length] for name, key in (("score + update", "peak"), ("backbone alone", "backbone_peak"))}
+    bars(images / "bench-growth.png", [f"{c['length']:,}" for c in by_length], series, "peak, MiB", "By response length")
+    return (
+        "### Growth of memory\n\nPeak of tensor allocations in score + update, through backward, weight-shaped tensors left "
+        "out. With response length it grows as the activations of the backbone do; with the vocabulary it does not.\n\n"
+        f"{table(['response length', 'peak, MiB', 'backbone alone, MiB', 'growth / growth of the backbone'], rows)}\n\n"
+        f"{table(['vocabulary', 'peak, MiB', 'one [N, V] tensor, MiB', 'growth / that tensor'], others)}\n\n"
+        "![Peak by response length](images/bench-growth.png)"
+    )
+
+
+PARTS: dict[str, Callable[[Document, Path], str]] = {"step": step, "bucketing": bucketing, "growth": growth}
+
+
+def generic(name: str, document: Document) -> str:
+    """The numbers of a benchmark that has no part of its own, as they are."""
+    cases = [{k: v for k, v in case.items() if not isinstance(v, (dict, list))} for case in document["cases"]]
+    keys = list(dict.fromkeys(key for case in cases for key in case))
+    show = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
+    rows = [[show(case.get(key, "–")) for key in keys] for case in cases]
+    return f"### {name.replace('_', ' ').capitalize()}\n\n{table([key.replace('_', ' ') for key in keys], rows)}"
+
+
+def command(document: Document) -> str:
+    """As one types it anywhere: without the place of the results, and with a word for the peer's Python."""
+    words, kept = iter(document["command"].split()), []
+    for word in words:
+        if word == "--out":
+            next(words)
+        else:
+            kept += [word, "PATH"] if word == "--peer-python" else [word]
+            if word == "--peer-python":
+                next(words)
+    return " ".join(kept)
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder with the JSON of the benchmarks.")] = RESULTS,
+    page: Annotated[Path, typer.Option(help="Gets the section.")] = DOCS / "benchmarks.md",
+) -> None:
+    """Write the tables and pictures of every benchmark that has been run."""
+    images = page.parent / "images"
+    images.mkdir(exist_ok=True)
+    parts = []
+    for path in sorted(results.glob("*.json"), key=lambda p: (list(PARTS) + [p.stem]).index(p.stem)):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        part = PARTS[path.stem](document, images) if path.stem in PARTS else generic(path.stem, document)
+        parts.append(f"{part}\n\n    {command(document)}")
+    write_page(page, "speed", "\n\n".join(parts))
+    typer.echo(str(page))
+
+
+if __name__ == "__main__":
+    typer.run(main)
