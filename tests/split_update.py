@@ -90,7 +90,7 @@ def training(name: str, *, lora: bool, folder: Path, kind: str = "llama", shard:
     optimizer = accelerator.prepare(torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0))
     pair = SimpleNamespace(
         student=student, teacher=frozen[0], reference=frozen[1] if strategy.needs.reference_logprob else None,
-        device=torch.device("cpu"), vocabulary=tiny_vocabulary(), sharded=shards is not None,
+        device=torch.device("cpu"), vocabulary=tiny_vocabulary(), packs=False, sharded=shards is not None,
         autocast=contextlib.nullcontext,
     )  # fmt: skip
     return SimpleNamespace(
