@@ -21,7 +21,7 @@ from .metrics import Sums, combine
 from .models import Vocabulary
 from .pair import Pair
 from .rollout import Generator, Rollout, make_rollout
-from .sharding import in_step
+from .sharding import levelled
 
 #: (response text, reference answer) -> correct.
 Judge = Callable[[str, Any], bool]
@@ -101,7 +101,7 @@ def divergence_batches(
     """`token_divergences` of a rollout, micro-batch by micro-batch. Nothing for responses without tokens."""
     lengths = row_lengths(rollout) if len(rollout) else []
     plan = plan_micro_batches(lengths, token_budget, packed=pair.packs)
-    for rows in in_step(plan) if pair.sharded else plan:
+    for rows in levelled(plan) if pair.sharded else plan:
         batch = token_batch(rollout, rows, pad_id=pair.vocabulary.pad_id, packed=pair.packs).to(pair.device)
         if len(batch) or pair.sharded:
             divergences = functools.partial(

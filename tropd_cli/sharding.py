@@ -195,7 +195,7 @@ def one_at_a_time(accelerator: Accelerator) -> Iterator[None]:
         accelerator.wait_for_everyone()
 
 
-def in_step(plan: list[list[int]]) -> list[list[int]]:
+def levelled(plan: list[list[int]]) -> list[list[int]]:
     """A plan of batches with empty ones at its end, as many as the longest plan of all processes has more."""
     return plan + [[] for _ in range(max(gather_object([len(plan)])) - len(plan))]
 

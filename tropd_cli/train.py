@@ -26,7 +26,7 @@ from .recording import spread, token_rows
 from .rollout import Rollout, make_rollout, step_prefix_limit
 from .scoring import Scores, ScoringOptions, score_reference, score_teacher
 from .session import Training, caught_signals, evaluate, keep_best, probe, restore, save, save_final
-from .sharding import in_step, whole
+from .sharding import levelled, whole
 
 T = TypeVar("T")
 
@@ -147,7 +147,7 @@ def score(t: Training, rollout: Rollout, token_budget: int) -> ScoredRollout:
     """Micro-batches with the frozen models' scores. Every process makes the same number of micro-batches."""
     started = time.perf_counter()
     t.watch.beat(f"scoring step {t.completed + 1}")
-    plan = in_step(plan_micro_batches(row_lengths(rollout), token_budget, packed=t.pair.packs))
+    plan = levelled(plan_micro_batches(row_lengths(rollout), token_budget, packed=t.pair.packs))
     recorded = is_recorded(t)
     observed = Needs(teacher_entropy=True, teacher_top_k=t.config.record.top_k) if recorded else Needs()
     options = ScoringOptions(t.config.temperature, t.pair.vocabulary.allowed, rank=recorded)
