@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from strategies import Credit, Needs
+from tropd_cli import sharding
+from tropd_cli.batching import token_batch
 from tropd_cli.config import build_config
+from tropd_cli.credit_loss import CreditLoss, CreditRequest
+from tropd_cli.crediting import fixed_credit
 from tropd_cli.errors import UserError
+from tropd_cli.scoring import Scores
 from tropd_cli.sharding import layers_of, with_launcher_options
 
-from .tiny import tiny_model
+from .tiny import random_rollout, tiny_model
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
@@ -65,3 +76,42 @@ def test_a_model_without_named_layers_is_refused() -> None:
     model.model._no_split_modules = None
     with pytest.raises(UserError, match=r"does not say what its layers are.*--shard none"):
         layers_of(model)
+
+
+def test_processes_of_a_machine_load_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads for processes: three of them, of which the last comes first."""
+    count, inside, seen = 3, [], []
+    barrier = threading.Barrier(count, timeout=10)
+    monkeypatch.setattr(sharding, "gather_object", lambda _: list(range(count)))
+
+    def enter(rank: int) -> None:
+        accelerator: Any = SimpleNamespace(local_process_index=rank, wait_for_everyone=barrier.wait)
+        time.sleep(0.02 * (count - rank))
+        with sharding.one_at_a_time(accelerator):
+            inside.append(rank)
+            time.sleep(0.02)
+            seen.append(list(inside))
+            inside.remove(rank)
+
+    threads = [threading.Thread(target=enter, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert seen == [[0], [1], [2]]
+
+
+def test_a_half_precision_head_has_its_gradient_summed_in_float32() -> None:
+    """As under a sharding policy, which gathers weights in bfloat16: many chunks must lose no more than one."""
+    gradients = []
+    for chunk_tokens in (1, 10_000):
+        model = tiny_model("llama")
+        model.model.to(torch.bfloat16)
+        batch = token_batch(random_rollout([200] * 8), range(8), pad_id=0)
+        credit = Credit(sampled=torch.ones(len(batch)))
+        request = CreditRequest(needs=Needs(), credit_of=fixed_credit(credit), num_tokens=len(batch))
+        module = CreditLoss(model, chunk_tokens=chunk_tokens)
+        module(batch, Scores(teacher_logprob=torch.zeros(len(batch))), request)[0].backward()
+        gradients.append(model.head.projection.weight.grad.float())
+    scale = gradients[1].abs().max()
+    assert (gradients[0] - gradients[1]).abs().max() < 0.01 * scale

@@ -28,7 +28,6 @@ from strategies.guidance import prefix_limit
 from .data import Prompt
 from .models import LanguageModel, Vocabulary
 from .randomness import inverse_cdf, nucleus, uniform
-from .sharding import levelled
 
 #: Cache layers whose rows can be taken apart.
 ROWWISE = {DynamicLayer, DynamicSlidingWindowLayer}
@@ -141,7 +140,6 @@ class TransformersGenerator:
         token_budget: most tokens (rows x longest possible row) in one batch.
         context: a context manager around generation (autocast).
         top_p: below 1 cuts the tail off (evaluation only: training needs samples of q itself).
-        sharded: every forward takes all processes, so all of them make as many batches and as many steps in each.
     """
 
     language_model: LanguageModel
@@ -152,38 +150,28 @@ class TransformersGenerator:
     token_budget: int
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     top_p: float = 1.0
-    sharded: bool = False
 
     def __call__(self, requests: Sequence[Request]) -> list[list[int]]:
         results: list[list[int]] = [list(r.prefix_ids) for r in requests]
         open_rows = [i for i, r in enumerate(requests) if not self._is_complete(r.prefix_ids, r)]
         open_rows.sort(key=lambda i: (-_longest(requests[i]), -len(requests[i].prefix_ids), i))
-        plan: list[list[int]] = []
-        while open_rows:
-            count = max(1, self.token_budget // _longest(requests[open_rows[0]]))
-            plan.append(open_rows[:count])
-            open_rows = open_rows[count:]
-        if self.sharded:
-            plan = levelled(plan)
-        if plan:
-            for index, response in self.language_model.run(lambda: self._written(plan, requests)):
-                results[index] = response
-        return results
 
-    @torch.no_grad()
-    def _written(self, plan: list[list[int]], requests: Sequence[Request]) -> list[tuple[int, list[int]]]:
-        """(number of the request, response), batch by batch. A batch without rows is one token that nobody asked for."""
-        idle = Request([self.vocabulary.stop_ids[0]], [], 1, (0, 0, 0))
-        pairs: list[tuple[int, list[int]]] = []
-        for batch in plan:
-            responses = self._generate([requests[i] for i in batch] or [idle])
-            pairs += zip(batch, responses, strict=bool(batch))
-        return pairs
+        def write() -> None:
+            left = open_rows
+            while left:
+                count = max(1, self.token_budget // _longest(requests[left[0]]))
+                batch, left = left[:count], left[count:]
+                for index, response in zip(batch, self._generate([requests[i] for i in batch]), strict=True):
+                    results[index] = response
+
+        self.language_model.run(write)
+        return results
 
     def _is_complete(self, response: list[int], request: Request) -> bool:
         """Whether it ends in a stop id or is as long as it may be."""
         return len(response) >= request.max_length or bool(response and response[-1] in self.vocabulary.stop_ids)
 
+    @torch.no_grad()
     def _generate(self, requests: list[Request]) -> list[list[int]]:
         """Responses of one batch. Rows leave it when they are done: `generate` runs until a quarter is, then goes on
         with the cache of the others. Contexts that several rows share are read once."""
@@ -235,15 +223,15 @@ class TransformersGenerator:
                 [KeyedSampling(requests, width, (self.seed, self.stream), self.temperature, allowed, self.top_p)]
             ),
             stopping_criteria=stopping,
-            synced_gpus=self.sharded,
+            synced_gpus=False,  # `run` keeps the processes of a sharded model together
         )
         return output, cache
 
     def _prefilled(self, contexts: list[list[int]]) -> DynamicCache | None:
         """The cache of all contexts but their last tokens, every different one computed once; empty where none is
-        shared. None where rows have to stay: for models whose cache cannot be cut row by row, and in step with others."""
+        shared. None for models whose cache cannot be cut row by row."""
         language_model = self.language_model
-        if self.sharded or not language_model.base._supports_default_dynamic_cache():
+        if not language_model.base._supports_default_dynamic_cache():
             return None
         cache = DynamicCache(config=language_model.base.config.get_text_config(decoder=True))
         if not {type(layer) for layer in cache.layers} <= ROWWISE:

@@ -122,7 +122,6 @@ class Training:
             temperature=self.config.temperature,
             token_budget=self.rollout_tokens,
             context=torch.no_grad if is_teacher else self.pair.autocast,
-            sharded=self.pair.sharded,
         )
 
     def mine(self, items: Sequence[Any]) -> list[tuple[int, Any]]:

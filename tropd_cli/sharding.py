@@ -6,7 +6,6 @@ here that makes one whole, and every forward of a sharded model, is a collective
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from torch import Tensor, nn
@@ -119,24 +119,22 @@ def make_shards(config: Config, accelerator: Accelerator) -> Shards | None:
 def shard_student(module: CreditLoss, student: LanguageModel, shards: Shards) -> None:
     """Cuts the student in place: each layer by itself, and embedding, last norm and head with the loss that reads them.
 
-    Outside of the loss (sampling, measuring) the student is then used through `student.run`.
+    Outside of the loss (sampling, measuring) it is then used through `student.run`, which gathers embedding and head.
     """
     for layer in layers_of(student):
         fully_shard(layer, mesh=shards.mesh, mp_policy=shards.policy, reshard_after_forward=shards.reshard)
     fully_shard(module, mesh=shards.mesh, mp_policy=shards.policy, reshard_after_forward=False)
     register_fsdp_forward_method(module, "around")
-    student.run = functools.partial(_run, module)
 
+    def run(action: Callable[[], T]) -> T:
+        try:
+            return module.around(lambda: _in_company(student, action))
+        finally:  # what stays whole takes memory, and stands in the place of the weights that are trained and saved
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
 
-def _run(module: CreditLoss, action: Callable[[], T]) -> T:
-    """`action` with embedding and head whole; afterwards everything is in pieces, or the next update would leave whole
-    copies behind that nobody updates."""
-    try:
-        return module.around(action)
-    finally:
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+    student.run = run
 
 
 def shard_frozen(model: LanguageModel, shards: Shards, device: torch.device) -> None:
@@ -146,6 +144,32 @@ def shard_frozen(model: LanguageModel, shards: Shards, device: torch.device) -> 
         fully_shard(layer, mesh=shards.mesh, reshard_after_forward=True)
     fully_shard(model.backbone, mesh=shards.mesh, reshard_after_forward=True)
     model.head.projection.to(device)
+    model.run = lambda action: _in_company(model, action)
+
+
+@torch.no_grad()
+def _in_company(model: LanguageModel, action: Callable[[], T]) -> T:
+    """`action`, which may make as many forwards as it likes: before each, the processes count who makes one, and those
+    that have finished make one of a single token with the others, until nobody does."""
+    idle = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+
+    def somebody_works(mine: bool) -> bool:
+        count = torch.tensor(int(mine), device=model.device)
+        dist.all_reduce(count)
+        return bool(count)
+
+    def announce(*_: object) -> None:
+        somebody_works(True)
+
+    # Before the hook that gathers the backbone's own weights: idle processes count first, too.
+    handle = model.backbone.register_forward_pre_hook(announce, prepend=True)
+    try:
+        result = action()
+    finally:
+        handle.remove()
+    while somebody_works(False):
+        model.backbone(input_ids=idle, use_cache=False)
+    return result
 
 
 def layers_of(model: LanguageModel) -> list[nn.Module]:

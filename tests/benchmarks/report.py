@@ -63,7 +63,9 @@ def step(document: Document, images: Path) -> str:
         rows.append(["**ours / peer**", *found, f"**{ratios['score_update_growth']:.2f}**"])
     heading = ["", *(f"{name}, CPU-s" for name in stages.values()), "growth in score + update, MiB"]
     series = {side: [m[stage]["cpu_seconds"] for stage in stages] for side, m in medians.items()}
-    bars(images / "bench-step.png", list(stages.values()), series, "CPU-seconds", "One step, median of alternating runs")
+    bars(
+        images / "bench-step.png", list(stages.values()), series, "CPU-seconds", "One step, median of alternating runs"
+    )
     return (
         "### A whole step beside a peer\n\n"
         f"Two random Qwen2 models, vocabulary {case['vocabulary']:,}, hidden {case['hidden']}, {case['layers']} layers; "
@@ -81,7 +83,9 @@ def bucketing(document: Document, images: Path) -> str:
         [c["plan"], str(c["micro_batches"]), f"{c['tokens_per_cpu_second']:.0f}", f"{c['speed_up']:.2f}"] for c in cases
     ]
     speed = {"": [c["tokens_per_cpu_second"] for c in cases]}
-    bars(images / "bench-micro-batches.png", [c["plan"] for c in cases], speed, "tokens per CPU-second", "Score + update")
+    bars(
+        images / "bench-micro-batches.png", [c["plan"] for c in cases], speed, "tokens per CPU-second", "Score + update"
+    )
     first = cases[0]
     return (
         "### Micro-batches\n\n"
@@ -97,15 +101,22 @@ def growth(document: Document, images: Path) -> str:
     by_length = [c for c in document["cases"] if c["kind"] == "length"]
     by_vocabulary = [c for c in document["cases"] if c["kind"] == "vocabulary"]
     rows = [
-        [f"{c['length']:,}", f"{c['peak'] / MEBI:.0f}", f"{c['backbone_peak'] / MEBI:.0f}", f"{c['ratio']:.3f}" if "ratio" in c else "–"]
+        [f"{c['length']:,}", f"{c['peak'] / MEBI:.0f}", f"{c['backbone_peak'] / MEBI:.0f}"]
+        + [f"{c['ratio']:.3f}" if "ratio" in c else "–"]
         for c in by_length
     ]  # fmt: skip
     others = [
-        [f"{c['vocabulary']:,}", f"{c['peak'] / MEBI:.0f}", f"{c['logits'] / MEBI:,.0f}", f"{c['share_of_logits']:.2%}" if "share_of_logits" in c else "–"]
+        [f"{c['vocabulary']:,}", f"{c['peak'] / MEBI:.0f}", f"{c['logits'] / MEBI:,.0f}"]
+        + [f"{c['share_of_logits']:.2%}" if "share_of_logits" in c else "–"]
         for c in by_vocabulary
     ]  # fmt: skip
-    series = {name: [c[key] / MEBI for c in by_length] for name, key in (("score + update", "peak"), ("backbone alone", "backbone_peak"))}
-    bars(images / "bench-growth.png", [f"{c['length']:,}" for c in by_length], series, "peak, MiB", "By response length")
+    series = {
+        name: [c[key] / MEBI for c in by_length]
+        for name, key in (("score + update", "peak"), ("backbone alone", "backbone_peak"))
+    }
+    bars(
+        images / "bench-growth.png", [f"{c['length']:,}" for c in by_length], series, "peak, MiB", "By response length"
+    )
     return (
         "### Growth of memory\n\nPeak of tensor allocations in score + update, through backward, weight-shaped tensors left "
         "out. With response length it grows as the activations of the backbone do; with the vocabulary it does not.\n\n"
@@ -148,7 +159,7 @@ def main(
     images = page.parent / "images"
     images.mkdir(exist_ok=True)
     parts = []
-    for path in sorted(results.glob("*.json"), key=lambda p: (list(PARTS) + [p.stem]).index(p.stem)):
+    for path in sorted(results.glob("*.json"), key=lambda p: ([*list(PARTS), p.stem]).index(p.stem)):
         document = json.loads(path.read_text(encoding="utf-8"))
         part = PARTS[path.stem](document, images) if path.stem in PARTS else generic(path.stem, document)
         parts.append(f"{part}\n\n    {command(document)}")
