@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.growth
 
-Peaks of tensor allocations on the CPU, rows packed as in training, through backward, leaving out tensors of the shape of
-the embedding (its gradient, and the head's). With length: against the student's backbone alone, forward and backward, whose activations have to be kept.
-With vocabulary: against one [N, V] float32 tensor of logits, which is what a loss on full logits adds several times.
+Peaks of tensor allocations on the CPU through backward, rows packed as in training, leaving out tensors of the shape of
+the embedding (its gradient, and the head's). With length: against the student's backbone alone, forward and backward,
+whose activations have to be kept. With vocabulary: against one [N, V] float32 tensor of logits, which is what a loss on
+full logits adds several times.
 """
 
 from __future__ import annotations

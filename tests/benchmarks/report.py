@@ -97,26 +97,29 @@ def bucketing(document: Document, images: Path) -> str:
     )
 
 
+def mebibytes(case: dict[str, Any], *keys: str) -> list[str]:
+    return [f"{case[key] / MEBI:,.0f}" for key in keys]
+
+
+def optional(case: dict[str, Any], key: str, form: str) -> str:
+    return format(case[key], form) if key in case else "–"
+
+
 def growth(document: Document, images: Path) -> str:
     by_length = [c for c in document["cases"] if c["kind"] == "length"]
     by_vocabulary = [c for c in document["cases"] if c["kind"] == "vocabulary"]
+    peaks = {"score + update": "peak", "backbone alone": "backbone_peak"}
+    series = {name: [c[key] / MEBI for c in by_length] for name, key in peaks.items()}
+    labels = [f"{c['length']:,}" for c in by_length]
+    bars(images / "bench-growth.png", labels, series, "peak, MiB", "By response length")
     rows = [
-        [f"{c['length']:,}", f"{c['peak'] / MEBI:.0f}", f"{c['backbone_peak'] / MEBI:.0f}"]
-        + [f"{c['ratio']:.3f}" if "ratio" in c else "–"]
-        for c in by_length
-    ]  # fmt: skip
+        [label, *mebibytes(c, *peaks.values()), optional(c, "ratio", ".3f")]
+        for label, c in zip(labels, by_length, strict=True)
+    ]
     others = [
-        [f"{c['vocabulary']:,}", f"{c['peak'] / MEBI:.0f}", f"{c['logits'] / MEBI:,.0f}"]
-        + [f"{c['share_of_logits']:.2%}" if "share_of_logits" in c else "–"]
+        [f"{c['vocabulary']:,}", *mebibytes(c, "peak", "logits"), optional(c, "share_of_logits", ".2%")]
         for c in by_vocabulary
-    ]  # fmt: skip
-    series = {
-        name: [c[key] / MEBI for c in by_length]
-        for name, key in (("score + update", "peak"), ("backbone alone", "backbone_peak"))
-    }
-    bars(
-        images / "bench-growth.png", [f"{c['length']:,}" for c in by_length], series, "peak, MiB", "By response length"
-    )
+    ]
     return (
         "### Growth of memory\n\nPeak of tensor allocations in score + update, through backward, weight-shaped tensors left "
         "out. With response length it grows as the activations of the backbone do; with the vocabulary it does not.\n\n"
