@@ -184,8 +184,8 @@ def stopped_at(step: int, *arguments: str) -> Any:
     return run
 
 
-def out_of_memory_in_the_exchange(*arguments: str) -> Any:
-    """The command line, whose second process runs out of memory where the first one already waits for its gradients."""
+def out_of_memory_in(name: str, *arguments: str) -> Any:
+    """The command line, whose second process runs out of memory in a function of the loop in which the first one waits."""
 
     def run() -> int | None:
         if os.environ["RANK"] == "1":
@@ -194,7 +194,7 @@ def out_of_memory_in_the_exchange(*arguments: str) -> Any:
                 time.sleep(0.2)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-            train.sum_gradients = failing
+            setattr(train, name, failing)
         return tropd(*arguments)()
 
     return run
@@ -222,7 +222,8 @@ def main(folder: Path, arguments: list[str]) -> None:
         ("run-12", 1, stopped_at(4, *distill("run-12")), 130),
         ("run-12", 2, tropd("distill", "--resume", str(folder / "run-12")), 0),
         ("run-21", 2, stopped_at(4, *distill("run-21")), 130),
-        ("exchange", 2, out_of_memory_in_the_exchange(*distill("exchange")), 1),
+        ("exchange", 2, out_of_memory_in("sum_gradients", *distill("exchange")), 1),
+        ("short-sharded", 2, out_of_memory_in("forward", *distill("short-sharded"), "--shard", "full"), 1),
         ("run-21", 1, tropd("distill", "--resume", str(folder / "run-21")), 0),
         ("sharded-12", 1, stopped_at(4, *distill("sharded-12")), 130),
         ("sharded-12", 2, tropd("distill", "--resume", str(folder / "sharded-12"), "--shard", "full"), 0),

@@ -116,6 +116,8 @@ def test_a_step_of_all_processes_fails_on_all_of_them() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert in_step(lambda: "here", lambda failed: [failed, False]) == "here"
+    with pytest.raises(torch.OutOfMemoryError):
+        in_step(short, None)
     with pytest.raises(OutOfMemory) as here:
         in_step(short, lambda failed: [failed, False])
     with pytest.raises(OutOfMemory) as elsewhere:

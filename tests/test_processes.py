@@ -83,10 +83,14 @@ def test_a_student_in_pieces_is_saved_whole(splits: Path) -> None:
     AutoModelForCausalLM.from_pretrained(splits / "sharded-12" / "student")
 
 
-def test_memory_that_runs_out_while_gradients_are_exchanged_ends_the_job(splits: Path) -> None:
-    """With the reason, instead of processes that wait for ever."""
-    said = (splits / "exchange.log").read_text()
-    assert "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)" in said
+@pytest.mark.parametrize("name", ["exchange", "short-sharded"])
+def test_memory_that_runs_out_where_another_process_waits_ends_the_job(splits: Path, name: str) -> None:
+    """While gradients are exchanged, and in any forward of a student in pieces. With the reason, and at once."""
+    said = (splits / f"{name}.log").read_text()
+    assert (
+        "terminate called" not in said
+        and "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)" in said
+    )
 
 
 def test_a_sharded_student_is_updated_and_sampled_like_a_whole_one(splits: Path) -> None:

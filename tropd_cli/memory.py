@@ -54,7 +54,7 @@ def with_smaller_batches(
     smallest: int,
     knob: str,
     warn: Callable[[str], None],
-    exchange: Exchange = nobody_else,
+    exchange: Exchange | None = nobody_else,
 ) -> tuple[T, int]:
     """Calls `action(budget)`, halving the budget each time memory runs out.
 
@@ -63,7 +63,8 @@ def with_smaller_batches(
         smallest: tokens of the longest row here: less than that changes nothing.
         knob: the option that sets the budget.
         exchange: what every process says, in order. With several that work together, all call the action again when
-            memory ran out in one of them, with the same budget, and so they must all come here with the same one.
+            memory ran out in one of them, with the same budget, and so they must all come here with the same one. None:
+            the action itself waits for the other processes, which one that fails leaves waiting: no second attempt.
 
     Returns:
         (result, budget that fitted).
@@ -71,6 +72,8 @@ def with_smaller_batches(
     Raises:
         UserError: memory is short even for single rows; says which knobs are left.
     """
+    if exchange is None:
+        return action(budget), budget
     while True:
         result, failure = _tried(lambda budget=budget: action(budget))  # type: ignore[misc]
         own = failure is not None and not failure.elsewhere
@@ -92,12 +95,14 @@ def with_smaller_batches(
         warn(f"out of memory{where}; going on with {knob}: {budget}")
 
 
-def in_step(action: Callable[[], T], exchange: Exchange) -> T:
+def in_step(action: Callable[[], T], exchange: Exchange | None) -> T:
     """Calls an action in which no process waits for another. Where memory runs out in one, it ran out for all.
 
     Raises:
         OutOfMemory: on every process.
     """
+    if exchange is None:
+        return action()
     result, failure = _tried(action)
     if any(exchange(failure is not None)):
         raise OutOfMemory(None if failure is None else str(failure))

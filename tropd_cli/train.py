@@ -20,7 +20,7 @@ from .credit_loss import CreditOf, CreditRequest, Record
 from .crediting import batch_credit, fixed_credit, region_uniforms, token_credit
 from .data import prompts_of_step
 from .errors import UserError
-from .memory import in_step, with_smaller_batches
+from .memory import Exchange, in_step, with_smaller_batches
 from .metrics import batch_sums, combine, peak_memory_bytes, rollout_sums, step_metrics, update_norm
 from .recording import spread, token_rows
 from .rollout import Rollout, make_rollout, step_prefix_limit
@@ -399,8 +399,11 @@ def gradients_apart(t: Training) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if t.pair.sharded else t.accelerator.no_sync(t.wrapped)
 
 
-def exchange_of(t: Training) -> Callable[[Any], list[Any]]:
-    """What every process says of its memory. They meet here, so they go on with the same number of beats."""
+def exchange_of(t: Training) -> Exchange | None:
+    """What every process says of its memory, or None where models are sharded: every forward then takes all processes,
+    so one whose memory ran out in it cannot meet the others. They meet, so they go on with the same number of beats."""
+    if t.pair.sharded:
+        return None
 
     def exchange(mine: Any) -> list[Any]:
         beats, said = zip(*gather_object([(t.watch.beats, mine)]), strict=True)
