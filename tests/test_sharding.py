@@ -17,6 +17,7 @@ from tropd_cli.batching import token_batch
 from tropd_cli.config import build_config
 from tropd_cli.credit_loss import CreditLoss, CreditRequest
 from tropd_cli.crediting import fixed_credit
+from tropd_cli.dry_run import estimated_cost
 from tropd_cli.errors import UserError
 from tropd_cli.scoring import Scores
 from tropd_cli.sharding import layers_of, with_launcher_options
@@ -63,6 +64,15 @@ def test_what_the_loop_cannot_run_under_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         resolved(monkeypatch, environment)
+
+
+def test_a_dry_run_counts_the_pieces_of_one_process() -> None:
+    pair: Any = SimpleNamespace(student=tiny_model("llama"), teacher=tiny_model("llama"), device=torch.device("cpu"))
+    whole, piece = (
+        estimated_cost(build_config({"shard": shard, "num_processes": 4}), pair) for shard in ("none", "full")
+    )
+    for name in ("student_bytes", "training_bytes", "teacher_bytes"):
+        assert piece[name] == whole[name] // 4 > 0
 
 
 def test_an_unknown_way_to_shard_is_refused() -> None:

@@ -51,16 +51,17 @@ def dry_run(config: Config, display: Display) -> dict[str, Any]:
 
 
 def estimated_cost(config: Config, pair: Pair) -> dict[str, Any]:
-    """Bytes from parameter counts; seconds from timed forwards: one for sampling and three for the update (forward and
+    """Bytes of one process from parameter counts; seconds from timed forwards: one for sampling and three for the update (forward and
     backward) of the student, one of the teacher."""
     parameters = list(pair.student.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     tokens = config.prompts_per_step * config.rollouts_per_prompt * config.max_response_length
     per_token = (4 * seconds_per_forward(pair.student) + seconds_per_forward(pair.teacher)) / TIMED_TOKENS
+    pieces = 1 if config.shard == "none" else config.num_processes
     return {
-        "student_bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "training_bytes": 12 * trained,
-        "teacher_bytes": sum(p.numel() * p.element_size() for p in pair.teacher.model.parameters()),
+        "student_bytes": sum(p.numel() * p.element_size() for p in parameters) // pieces,
+        "training_bytes": 12 * trained // pieces,
+        "teacher_bytes": sum(p.numel() * p.element_size() for p in pair.teacher.model.parameters()) // pieces,
         "chunk_bytes": 2 * CHUNK_BYTES.get(pair.device.type, CHUNK_BYTES["cuda"]),
         "tokens_per_step": tokens,
         "seconds_per_step": tokens * per_token,
