@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,8 @@ def make_accelerator(config: Config, project_folder: str) -> Accelerator:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     # The watch over the processes names the one that hangs; torch's own timeout, which cannot, comes later.
+    # Accelerate knows only the old name of the option below.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
     patience = datetime.timedelta(seconds=max(1800.0, 2 * config.hang_timeout))
     try:
         return Accelerator(
