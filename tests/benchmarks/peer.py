@@ -21,6 +21,7 @@ from .process import Stages, hook
 def run_peer(folder: Path, responses: int, length: int, threads: int) -> dict[str, Any]:
     """One step, its stages marked from outside."""
     import torch
+    import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
@@ -75,7 +76,11 @@ def run_peer(folder: Path, responses: int, length: int, threads: int) -> dict[st
 
         trainer.compute_loss = counted
         trainer.train()
-    return report | {"tokens": sum(trained), "loss": trainer.state.log_history[0].get("loss")}
+    return report | {
+        "version": trl.__version__,
+        "tokens": sum(trained),
+        "loss": trainer.state.log_history[0].get("loss"),
+    }
 
 
 def main() -> None:
