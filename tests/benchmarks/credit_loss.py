@@ -5,8 +5,7 @@
 
 Teacher scores with the strategy's top-k, and the student's loss and gradient, from hidden states that are given: no backbone.
 The limit is the time of the products nobody can avoid: one for the teacher's logits, three for the student (logits,
-gradient of the hidden states, gradient of the weight), in chunks of the size that is fastest here. A case of more than LARGE
-tokens is timed once.
+gradient of the hidden states, gradient of the weight). A case of more than LARGE tokens is timed once.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from .process import RESULTS, alternating, write_results
 
 LARGE = 4096  #: tokens
 
-#: Rows of the bare products' logits, all tried: small ones stay in a CPU's cache, large ones write the gradient less often.
-BARE_CHUNKS = {"cpu": (64, 512), "cuda": (1024,)}
+#: Rows of the bare products' logits: small enough for a CPU's cache, large enough for a GPU to be busy.
+BARE_CHUNK = {"cpu": 64, "cuda": 1024}
 
 
 @dataclass
@@ -103,8 +102,10 @@ def ours(heads: Heads, strategy: str) -> Callable[[], None]:
     return action
 
 
-def bare(heads: Heads, chunk: int) -> Callable[[], None]:
-    """The four products, `chunk` tokens at a time, and nothing else."""
+def bare(heads: Heads) -> Callable[[], None]:
+    """The four products, chunk by chunk, and nothing else."""
+    device = heads.student_hidden.device
+    chunk = BARE_CHUNK[device.type]
 
     @torch.no_grad()
     def action() -> None:
@@ -143,11 +144,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for count in args.tokens:
             heads = random_heads(count, vocabulary, args.hidden)
             repeats = 1 if count > LARGE else args.repeats
-            chunks = BARE_CHUNKS["cpu"]
-            actions = [ours(heads, args.strategy), *(bare(heads, chunk) for chunk in chunks)]
+            actions = [ours(heads, args.strategy), bare(heads)]
             actions[1]()  # the first products of a process are slow
-            seconds, *bare_seconds = alternating(actions, repeats)
-            limit = min(bare_seconds)
+            seconds, limit = alternating(actions, repeats)
             yield {
                 "tokens": count,
                 "vocabulary": vocabulary,
@@ -157,7 +156,6 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "repeats": repeats,
                 "cpu_seconds": seconds,
                 "bare_cpu_seconds": limit,
-                "bare_chunk": chunks[bare_seconds.index(limit)],
                 "fraction_of_limit": limit / seconds,
                 "peak_bytes": allocations(actions[0]).peak,
                 "weight_bytes": vocabulary * args.hidden * 4,

@@ -34,7 +34,7 @@ from tests.tiny import random_rollout
 from tropd_cli.batching import row_lengths
 from tropd_cli.memory import is_out_of_memory
 
-from .credit_loss import BARE_CHUNKS, bare, full, ours, random_heads
+from .credit_loss import bare, full, ours, random_heads
 from .engine import Engine, planned, with_packing
 from .process import RESULTS, Stages, write_results
 from .rollout import Case, writers
@@ -148,13 +148,9 @@ def step_case(engine: Engine, sizes: Sizes, device: str, peak_tflops: float | No
 
 def rollout_cases(engine: Engine, sizes: Sizes, device: str) -> Iterator[dict[str, Any]]:
     """Ours and plain `generate`, the student under autocast as in training."""
-    rows = sizes.prompts * sizes.samples
-    short, case = (
-        Case("equal lengths", sizes.prompts, sizes.samples, sizes.prompt, [length] * rows)
-        for length in (4, sizes.written)
+    case = Case(
+        "equal lengths", sizes.prompts, sizes.samples, sizes.prompt, [sizes.written] * sizes.prompts * sizes.samples
     )
-    for warm in writers(engine.student, short, context=engine.context).values():
-        warm()
     for name, action in writers(engine.student, case, context=engine.context).items():
         found = timed(action, device)
         rate = sum(case.lengths) / found["seconds"]
@@ -170,7 +166,7 @@ def credit_loss_cases(sizes: Sizes, device: str) -> Iterator[dict[str, Any]]:
         )
         actions = {
             "ours": ours(heads, "trust-region"),
-            "bare products": bare(heads, BARE_CHUNKS[device][-1]),
+            "bare products": bare(heads),
             "full log_softmax": full(heads, 64),
         }
         for name, action in actions.items():

@@ -21,7 +21,6 @@ from .process import Stages, hook
 def run_peer(folder: Path, responses: int, length: int, threads: int) -> dict[str, Any]:
     """One step, its stages marked from outside."""
     import torch
-    import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
@@ -76,11 +75,7 @@ def run_peer(folder: Path, responses: int, length: int, threads: int) -> dict[st
 
         trainer.compute_loss = counted
         trainer.train()
-    return report | {
-        "version": trl.__version__,
-        "tokens": sum(trained),
-        "loss": trainer.state.log_history[0].get("loss"),
-    }
+    return report | {"tokens": sum(trained), "loss": trainer.state.log_history[0].get("loss")}
 
 
 def main() -> None:

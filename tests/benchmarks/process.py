@@ -118,11 +118,16 @@ def environment() -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     import torch
 
+    found = {}
+    for package in ("torch", "transformers", "accelerate", "trl"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
     return {
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("torch", "transformers", "accelerate")},
-        "device": cpu_name(),
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        **found,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),

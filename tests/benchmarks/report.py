@@ -1,7 +1,4 @@
-"""The speed and memory section of docs/benchmarks.md from the JSON of the benchmarks: `python -m tests.benchmarks.report`.
-
-A benchmark without a file is named with the command that runs it.
-"""
+"""The speed and memory section of docs/benchmarks.md from the JSON of the benchmarks: `python -m tests.benchmarks.report`."""
 
 from __future__ import annotations
 
@@ -45,24 +42,6 @@ def bars(path: Path, labels: list[str], series: dict[str, list[float]], ylabel: 
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def lines(path: Path, series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str) -> None:
-    """A line per name through its (x, y), told apart by colour and marker; x doubles from tick to tick."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    for number, (name, points) in enumerate(series.items()):
-        axes.plot(*zip(*points, strict=True), label=name, color=COLOURS[number], marker="os^Dv"[number])
-    ticks = sorted({x for points in series.values() for x, _ in points})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -150,109 +129,16 @@ def growth(document: Document, images: Path) -> str:
     )
 
 
-def credit_loss(document: Document, images: Path) -> str:
-    cases = document["cases"]
-    rows = [
-        [
-            f"{c['vocabulary']:,}", f"{c['tokens']:,}", f"{c['cpu_seconds']:.2f}", f"{c['bare_cpu_seconds']:.2f}",
-            f"{c['fraction_of_limit']:.2f}", *mebibytes(c, "peak_bytes", "weight_bytes", "logits_bytes"),
-        ]
-        for c in cases
-    ]  # fmt: skip
-    heading = ["vocabulary", "tokens", "CPU-seconds", "bare products", "fraction of the limit", "peak, MiB"]
-    series = {
-        f"V = {vocabulary:,}": [(c["tokens"], c["fraction_of_limit"]) for c in cases if c["vocabulary"] == vocabulary]
-        for vocabulary in dict.fromkeys(c["vocabulary"] for c in cases)
-    }
-    lines(images / "bench-credit-loss.png", series, "response tokens", "fraction of the bare products' speed")
-    return (
-        "### Credit loss\n\n"
-        f"Teacher scores with top-k 64, and the student's loss and gradient, from given hidden states (hidden size "
-        f"{cases[0]['hidden']}, float32, threads: {cases[0]['threads']}), against the four matrix products nobody can avoid: one for "
-        "the teacher, three for the student. The peak is through backward, with the gradient of the head's weight.\n\n"
-        f"{table([*heading, 'weight gradient', 'one [N, V] tensor'], rows)}\n\n"
-        "![Fraction of the bare products' speed](images/bench-credit-loss.png)"
-    )
+PARTS: dict[str, Callable[[Document, Path], str]] = {"step": step, "bucketing": bucketing, "growth": growth}
 
 
-def rollout(document: Document, images: Path) -> str:
-    cases = document["cases"]
-    rows = [
-        [
-            c["case"], str(c["rows"]), str(c["prompt"]), str(c["longest"]), f"{c['tokens']:,}",
-            f"{c['tokens_per_cpu_second']:.0f}", f"{c['plain_tokens_per_cpu_second']:.0f}", f"{c['speed_up']:.2f}",
-        ]
-        for c in cases
-    ]  # fmt: skip
-    keys = {"ours": "tokens_per_cpu_second", "plain generate": "plain_tokens_per_cpu_second"}
-    series = {name: [c[key] for c in cases] for name, key in keys.items()}
-    bars(images / "bench-rollout.png", [c["case"] for c in cases], series, "tokens per CPU-second", "Rollout")
-    heading = ["case", "rows", "prompt", "longest", "tokens", "tokens per CPU-second", "plain", "times as fast"]
-    return (
-        "### Rollout beside plain generate\n\n"
-        f"`generate(do_sample=True)` on the same random model (vocabulary {cases[0]['vocabulary']:,}, hidden {cases[0]['hidden']}, "
-        f"{cases[0]['layers']} layers) and prompts, {cases[0]['samples']} samples each. It has one limit for all rows: what it "
-        "writes beyond a row's own limit does not count.\n\n"
-        f"{table(heading, rows)}\n\n![Tokens per CPU-second](images/bench-rollout.png)"
-    )
-
-
-def gpu(document: Document, images: Path) -> str:
-    by_part = {part: [c for c in document["cases"] if c["part"] == part] for part in ("step", "rollout", "credit loss")}
-    (case,), losses = by_part["step"], by_part["credit loss"]
-    stages = [
-        [
-            name, f"{case[name]['seconds']:.2f}", f"{case[name]['tokens_per_second']:,.0f}",
-            *mebibytes(case[name], "peak_bytes"), "–" if case[name]["mfu"] is None else f"{case[name]['mfu']:.1%}",
-        ]
-        for name in ("score", "update")
-    ]  # fmt: skip
-    rollouts = [
-        [c["who"], str(c["rows"]), str(c["prompt"]), str(c["length"]), f"{c['tokens_per_second']:,.0f}"]
-        for c in by_part["rollout"]
-    ]
-    rows = [
-        [
-            f"{c['tokens']:,}",
-            c["who"],
-            *([f"{c['seconds']:.3f}", *mebibytes(c, "peak_bytes")] if c["seconds"] else NO_ROOM),
-        ]
-        for c in losses
-    ]
-    series = {
-        who: [(c["tokens"], c["seconds"]) for c in losses if c["who"] == who and c["seconds"]]
-        for who in dict.fromkeys(c["who"] for c in losses)
-    }
-    lines(images / "bench-gpu.png", series, "response tokens", "seconds")
-    peak = "" if case["peak_tflops"] is None else f" MFU against {case['peak_tflops']:g} TFLOP/s."
-    return (
-        "### On a GPU\n\n"
-        f"{document['environment'].get('gpu', document['environment']['device'])}. Score and update of {case['rows']} responses of "
-        f"{case['length']:,} tokens, packed, in {case['micro_batches']} micro-batches.{peak}\n\n"
-        f"{table(['', 'seconds', 'tokens/s', 'peak, MiB', 'MFU'], stages)}\n\n"
-        f"{table(['rollout', 'rows', 'prompt', 'written', 'tokens/s'], rollouts)}\n\n"
-        f"{table(['tokens', 'credit loss', 'seconds', 'peak, MiB'], rows)}\n\n"
-        "![Seconds of the credit loss](images/bench-gpu.png)"
-    )
-
-
-NO_ROOM = ["out of memory", "–"]
-
-PARTS: dict[str, Callable[[Document, Path], str]] = {
-    "step": step,
-    "bucketing": bucketing,
-    "growth": growth,
-    "credit_loss": credit_loss,
-    "rollout": rollout,
-    "gpu": gpu,
-}
-#: What a benchmark that has not been run is called, where its name does not say it.
-TITLES = {
-    "step": "A whole step beside a peer",
-    "bucketing": "Micro-batches",
-    "growth": "Growth of memory",
-    "gpu": "On a GPU",
-}
+def generic(name: str, document: Document) -> str:
+    """The numbers of a benchmark that has no part of its own, as they are."""
+    cases = [{k: v for k, v in case.items() if not isinstance(v, (dict, list))} for case in document["cases"]]
+    keys = list(dict.fromkeys(key for case in cases for key in case))
+    show = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
+    rows = [[show(case.get(key, "–")) for key in keys] for case in cases]
+    return f"### {name.replace('_', ' ').capitalize()}\n\n{table([key.replace('_', ' ') for key in keys], rows)}"
 
 
 def command(document: Document) -> str:
@@ -276,14 +162,10 @@ def main(
     images = page.parent / "images"
     images.mkdir(exist_ok=True)
     parts = []
-    for name, part in PARTS.items():
-        path = results / f"{name}.json"
-        if path.is_file():
-            document = json.loads(path.read_text(encoding="utf-8"))
-            parts.append(f"{part(document, images)}\n\n    {command(document)}")
-        else:
-            title = TITLES.get(name, name.replace("_", " ").capitalize())
-            parts.append(f"### {title}\n\nNot run yet:\n\n    python -m tests.benchmarks.{name}")
+    for path in sorted(results.glob("*.json"), key=lambda p: ([*list(PARTS), p.stem]).index(p.stem)):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        part = PARTS[path.stem](document, images) if path.stem in PARTS else generic(path.stem, document)
+        parts.append(f"{part}\n\n    {command(document)}")
     write_page(page, "speed", "\n\n".join(parts))
     typer.echo(str(page))
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from tropd_cli.commands import quiet_libraries
 from tropd_cli.models import LanguageModel
 from tropd_cli.rollout import Request, TransformersGenerator
 
@@ -88,7 +87,6 @@ def writers(model: LanguageModel, case: Case, **options: Any) -> dict[str, Calla
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     config = qwen2(args.vocabulary, hidden=args.hidden, layers=args.layers)
-    quiet_libraries()
     model = language_model(random_model(config, seed=0).eval())
     for case in cases(args.prompts, args.samples, args.prompt, args.long_prompt, args.length):
         actions = writers(model, case)
