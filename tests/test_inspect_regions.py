@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
@@ -183,7 +184,9 @@ def test_twenty_thousand_tokens_never_hold_more_than_chunks(tmp_path: Path, monk
     counts: dict[str, int] = {}
 
     def look() -> list[int]:
-        inspector = ModelInspector(Config(data=str(data)), asked, most_prompts=None, warn=print)
+        inspector = ModelInspector(
+            Config(data=str(data)), asked, most_prompts=None, accelerator=Accelerator(cpu=True), warn=print
+        )
         counts["tokens"] = sum(1 for _ in inspector.rows())
         return []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from .config import Config, build_config, build_strategy, merge, parse_set, read
 from .display import Display
 from .errors import UserError
 from .presets import get_preset
-from .processes import is_first, is_worker, one_voice, register
+from .processes import is_first, is_worker, one_voice
 from .run_directory import RunDirectory, default_output
 
 if TYPE_CHECKING:
@@ -77,8 +76,6 @@ def resolve(request: DistillRequest) -> tuple[Config, bool]:
 def distill(request: DistillRequest) -> None:
     """`tropd distill`. Prints the run directory, or the last metrics with --json."""
     with one_voice():
-        if is_worker():
-            register()
         _distill(request)
 
 
@@ -106,20 +103,12 @@ def _distill(request: DistillRequest) -> None:
         run = RunDirectory(Path(str(config.output)))
         if is_first():
             run.refuse_existing(overwrite=request.overwrite)
-    if config.num_processes > 1 and not is_worker() and not request.dry_run:
-        if config.data == "-":
-            raise UserError(
-                "--data - with --num-processes: workers share no standard input. Write the prompts to a file first"
-            )
-        from .launch import launch
-        from .models import resolve_device
+    if not request.dry_run:
+        from .launch import start_workers
 
-        arguments = [
-            *sys.argv[1:],
-            *([] if request.resume or "output" in request.flags else ["--output", str(config.output)]),
-        ]
-        cpu = resolve_device(config.device).type == "cpu"
-        raise typer.Exit(launch(config.num_processes, arguments, cpu=cpu, run=run.path))
+        named = request.resume or "output" in request.flags
+        more = [] if named else ["--output", str(config.output)]
+        start_workers(config, reads_input=config.data == "-", run=run.path, more=more)
     train(config, run, request, is_demo=is_demo)
 
 

@@ -1,4 +1,4 @@
-"""`tropd inspect-regions`: where the teacher can be trusted, token by token. A run's recording needs no model and no torch."""
+"""`tropd inspect-regions`: where the teacher can be trusted, token by token. A recording needs no model and no torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import UserError
+from .processes import is_first, one_voice
 from .report.inspection import Inspection, Rule
 from .report.output import output_format, tell, write_report, write_rows
 from .report.rows import TokenRow
@@ -21,11 +22,8 @@ EXAMPLES = (
     "--strategy reopold -o compare.html   ·   head -20 prompts.jsonl | tropd inspect-regions --student S --teacher T "
     "--data - --format jsonl | jq -c 'select(.region==\"outlier\")'"
 )
-#: Where inspection differs from `distill`: one short response per prompt, unless something else was asked for.
-DEFAULTS: dict[str, Any] = {"rollouts_per_prompt": 1, "max_response_length": 512}
-DEMO_DATA, DEMO_PROMPTS = "demo:heldout", 4
-#: What a run's configuration may ask for and nothing here needs.
-TRAINING_ONLY: dict[str, Any] = {"lora_rank": 0, "gradient_checkpointing": False, "eval_data": None}
+#: Formats that are written row by row.
+STREAMED = ("jsonl", "csv")
 
 MODELS, STRATEGY, OUTPUT = "Models and data", "Strategy", "Output"
 
@@ -63,6 +61,9 @@ def inspect_regions(
     seed: Annotated[int | None, typer.Option(help="Of samples and regions.", rich_help_panel=MODELS)] = None,
     skip_bad_rows: Annotated[
         bool | None, typer.Option("--skip-bad-rows", help="Count bad rows instead of stopping.", rich_help_panel=MODELS)
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(help="Workers to start, which share the prompts.", rich_help_panel=MODELS)
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ...", rich_help_panel=MODELS)] = None,
     config: Annotated[
@@ -117,7 +118,7 @@ def inspect_regions(
 
 
 CONFIG_FLAGS = (
-    "student teacher reference data max_prompt_length max_response_length seed skip_bad_rows device"
+    "student teacher reference data max_prompt_length max_response_length seed skip_bad_rows num_processes device"
 ).split()  # fmt: skip
 
 
@@ -159,19 +160,33 @@ class Found:
 
 
 def inspect(request: InspectRequest) -> None:
-    """Finds the rows and writes them in the asked format.
+    """Finds the rows and writes them in the asked format, on the first process where there are several.
 
     Raises:
         UserError: options that exclude each other, nothing recorded, models or data that do not fit.
     """
     form = output_format(request.format, request.output, summary=request.summary)
-    found = recorded(request) if request.run is not None else modelled(request)
-    if form in ("jsonl", "csv"):
+    if request.run is not None:
+        if is_first():  # reading a recording leaves nothing to share
+            write(recorded(request), form, request.output)
+        return
+    from .inspection_session import modelled
+
+    with one_voice(), modelled(request, form) as found:
+        if is_first():
+            write(found, form, request.output)
+        for _ in found.rows:  # the others make their share
+            pass
+
+
+def write(found: Found, form: str, output: str | None) -> None:
+    """Everything found, in a format of `report`."""
+    if form in STREAMED:
         for note in found.notes:
             tell(f"note: {note}")
-        write_rows(found.rows, form, request.output)
+        write_rows(found.rows, form, output)
         return
-    write_report(found.inspection(), form, request.output)
+    write_report(found.inspection(), form, output)
 
 
 # ── where rows come from ────────────────────────────────────────────────────────────────────────────────────────────
@@ -231,64 +246,11 @@ def recredited(found: Found, request: InspectRequest, config: dict[str, Any], st
         plugins=request.plugins,
     )
     made, notes = recredit(rows, asked, config=config, step=step)
-    facts, rule = _strategy_facts(found.facts, [one.options for one in asked])
+    facts, rule = strategy_facts(found.facts, [one.options for one in asked])
     return Found(made, facts, rule, found.metrics, [*found.notes, *notes])
 
 
-def modelled(request: InspectRequest) -> Found:
-    """Rows of two models on prompts or given texts. They are made while they are read."""
-    if request.step is not None:
-        raise UserError(
-            "--step chooses among the recordings of a run directory. Give one: tropd inspect-regions runs/a --step 50"
-        )
-    config, is_demo = resolve(request)
-    from .commands import quiet_libraries
-    from .inspected_models import ModelInspector
-    from .inspected_strategies import asked_strategies
-    from .recredit import batch_scope_note
-
-    quiet_libraries()
-    asked = asked_strategies(
-        config.strategy,
-        request.strategies,
-        outlier=request.outlier,
-        assignments=request.assignments,
-        plugins=[*config.plugin, *request.plugins],
-    )
-    most = request.prompts or (DEMO_PROMPTS if is_demo else None)
-    inspector = ModelInspector(config, asked, most_prompts=most, warn=lambda text: tell(f"warning: {text}"))
-    notes = [batch_scope_note(one.label, inspector.sequences) for one in asked if one.strategy.scope == "batch"]
-    if inspector.given_texts:
-        notes.append(
-            "Given texts count as the student's own: acceptance and reverse KL are the student's only where it wrote them."
-        )
-    if is_demo:
-        tell("No student, teacher or data given: showing the built-in demo's two models.")
-    tell(f"{inspector.sequences} responses of {config.student}, scored by {config.teacher}")
-    facts = {name: str(getattr(config, name)) for name in ("student", "teacher", "data")}
-    facts, rule = _strategy_facts(facts, [one.options for one in asked])
-    return Found(inspector.rows(), facts, rule, notes=notes)
-
-
-def resolve(request: InspectRequest) -> tuple[Any, bool]:
-    """(configuration, whether it is the built-in demo): defaults < YAML < flags < --set. Raises UserError."""
-    from .commands import DEMO_PRESET
-    from .config import build_config, merge, parse_set, read_yaml
-
-    typed = read_yaml(request.config) if request.config else {}
-    for layer in (request.flags, *map(parse_set, request.assignments)):
-        typed = merge(typed, layer)
-    missing = [key for key in ("student", "teacher", "data") if typed.get(key) is None]
-    if missing and len(missing) < 3:
-        raise UserError(
-            f"{' and '.join(f'--{key}' for key in missing)} missing. Give a run directory, or --student, --teacher and "
-            "--data, or none of them for the built-in demo"
-        )
-    demo = {**DEMO_PRESET, "data": DEMO_DATA, "rollouts_per_prompt": 1} if missing else {}
-    return build_config(DEFAULTS, demo, typed, TRAINING_ONLY), bool(demo)
-
-
-def _strategy_facts(facts: dict[str, str], options: list[dict[str, Any]]) -> tuple[dict[str, str], Rule]:
+def strategy_facts(facts: dict[str, str], options: list[dict[str, Any]]) -> tuple[dict[str, str], Rule]:
     """The facts with the strategy spelled out when there is one; the rule where the page's slider starts."""
     told, rule = config_facts({"strategy": options[0]})
     others = {name: value for name, value in facts.items() if name != "strategy"}

@@ -1,7 +1,7 @@
 """Two models on prompts or given texts, token by token: the engine's own rollout, scoring and credit, without an update.
 
-Responses are made block by block and the memory of a block is that of a few micro-batches; only what a batch-scope
-strategy reads is kept to the end. Axes: N tokens of a micro-batch, K teacher top-k.
+Responses are made block by block, dealt to the processes, and the memory of a block is that of a few micro-batches; only
+what a batch-scope strategy reads is kept to the end. Axes: N tokens of a micro-batch, K teacher top-k.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import groupby
+from math import ceil
 from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
 
 from strategies import Credit, Needs, Signals
 
@@ -21,6 +23,7 @@ from .config import Config
 from .credit_loss import CreditLoss, CreditRequest, Record, credit_record
 from .crediting import batch_credit, region_uniforms, token_credit
 from .data import Prompt, encode_rows, read_rows
+from .dealing import in_rounds, mine
 from .errors import UserError
 from .inspected_strategies import Asked
 from .memory import with_smaller_batches
@@ -36,12 +39,21 @@ T = TypeVar("T")
 BLOCK_ROWS = 64
 
 
+@dataclass(frozen=True)
+class Part:
+    """What becomes a block: some prompts with their number in the data, and the numbers of their responses."""
+
+    prompts: list[tuple[int, Prompt]]
+    given: bool
+    responses: range
+
+
 @dataclass
 class Block:
     """Some responses, scored. observed: what the student said per micro-batch; credits: strategy -> its credit records."""
 
     rollout: Rollout
-    given: bool
+    part: Part
     batches: list[TokenBatch] = field(default_factory=list)
     scores: list[Scores] = field(default_factory=list)
     observed: list[Record] = field(default_factory=list)
@@ -55,6 +67,7 @@ class ModelInspector:
         config: models, data, lengths, seed, `record.top_k`; `rollouts_per_prompt` samples per prompt.
         asked: the strategies.
         most_prompts: only the first so many rows of the data.
+        accelerator: knows among how many processes the work is shared.
         warn: where things to know go.
 
     Raises:
@@ -62,9 +75,15 @@ class ModelInspector:
     """
 
     def __init__(
-        self, config: Config, asked: Sequence[Asked], *, most_prompts: int | None, warn: Callable[[str], None]
+        self,
+        config: Config,
+        asked: Sequence[Asked],
+        *,
+        most_prompts: int | None,
+        accelerator: Accelerator,
+        warn: Callable[[str], None],
     ):
-        self.config, self.asked, self.warn = config, asked, warn
+        self.config, self.asked, self.accelerator, self.warn = config, asked, accelerator, warn
         observed = Needs(
             teacher_logprob=True, student_entropy=True, teacher_entropy=True, teacher_top_k=config.record.top_k
         )
@@ -87,16 +106,20 @@ class ModelInspector:
         """How many responses there will be."""
         return self.given_texts + (len(self.prompts) - self.given_texts) * self.config.rollouts_per_prompt
 
-    def rows(self) -> Iterator[TokenRow]:
-        """All rows, response by response within a block; a block comes once per strategy."""
-        together = [one for one in self.asked if one.strategy.scope == "batch"]
-        blocks, first = self._blocks(), 0
-        if together:
-            blocks = iter(self._with_batch_credit(list(blocks), together))
-        for block in blocks:
-            for one in self.asked:
-                yield from self._block_rows(block, one, first)
-            first += len(block.rollout)
+    def rows(self, told: Callable[[int], None] = lambda _: None) -> Iterator[TokenRow]:
+        """All rows, response by response within a block; a block comes once per strategy. Of several processes each has
+        to go through them, and the first one gets them.
+
+        Args:
+            told: hears how many responses are done.
+        """
+        parts, count = self._parts(), self.accelerator.num_processes
+        make = self._scored
+        if any(one.strategy.scope == "batch" for one in self.asked):
+            make = self._with_batch_credit(parts, told)
+        for number, rows in enumerate(in_rounds(self.accelerator, parts, lambda part: self._rows(make(part)))):
+            told(parts[min((number + 1) * count, len(parts)) - 1].responses.stop)
+            yield from rows
 
     # ── texts ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -109,15 +132,19 @@ class ModelInspector:
             self.warn(f"{self.config.data}: {len(problems)} bad rows skipped, first: {problems[0]}")
         return prompts
 
-    def _blocks(self) -> Iterator[Block]:
-        numbered = list(enumerate(self.prompts))
-        for given, part in groupby(numbered, key=lambda item: item[1].response is not None):
-            prompts = list(part)
-            size = BLOCK_ROWS if given else max(1, BLOCK_ROWS // self.config.rollouts_per_prompt)
+    def _parts(self) -> list[Part]:
+        """At most BLOCK_ROWS responses each, and equally many, so that every process has its share of every round."""
+        parts, first = [], 0
+        for given, group in groupby(enumerate(self.prompts), key=lambda item: item[1].response is not None):
+            prompts, samples = list(group), 1 if given else self.config.rollouts_per_prompt
+            most = max(1, BLOCK_ROWS // samples)
+            blocks = ceil(len(prompts) / most / self.accelerator.num_processes) * self.accelerator.num_processes
+            size = ceil(len(prompts) / blocks)
             for start in range(0, len(prompts), size):
                 some = prompts[start : start + size]
-                rollout = self._given(some) if given else self._written(some)
-                yield self._scored(Block(rollout, given))
+                parts.append(Part(some, given, range(first, first + len(some) * samples)))
+                first = parts[-1].responses.stop
+        return parts
 
     def _written(self, prompts: list[tuple[int, Prompt]]) -> Rollout:
         """The student's samples, under the keys of a run's first step."""
@@ -178,11 +205,12 @@ class ModelInspector:
 
     # ── scores and credit ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _scored(self, block: Block) -> Block:
-        lengths = row_lengths(block.rollout)
+    def _scored(self, part: Part) -> Block:
+        rollout = self._given(part.prompts) if part.given else self._written(part.prompts)
+        lengths = row_lengths(rollout)
 
         def attempt(token_budget: int) -> Block:
-            done = Block(block.rollout, block.given)
+            done = Block(rollout, part)
             for rows in plan_micro_batches(lengths, token_budget, packed=self.pair.packs):
                 self._observe(done, rows)
             return done
@@ -227,23 +255,38 @@ class ModelInspector:
             joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             block.credits.setdefault(label, []).append(joined)
 
-    def _with_batch_credit(self, blocks: list[Block], together: Sequence[Asked]) -> list[Block]:
-        for one in together:
-            made = batch_credit(
-                one.strategy,
-                [batch for block in blocks for batch in block.batches],
-                [scores for block in blocks for scores in block.scores],
-                [record for block in blocks for record in block.observed],
-                seed=self.config.seed,
-                progress=0.0,
-                guidance_weight=self.config.guidance.weight,
-            )
-            credits = iter(made)
-            for block in blocks:
-                block.credits[one.label] = [credit_record(next(credits)) for _ in block.batches]
-        return blocks
+    def _with_batch_credit(self, parts: Sequence[Part], told: Callable[[int], None]) -> Callable[[Part], Block]:
+        """Every block of this process, with the credit of strategies that look at the rows of all processes."""
+        blocks = {}
+        for part in mine(self.accelerator, parts):
+            blocks[part.responses] = self._scored(part)
+            told(part.responses.stop)
+        for one in self.asked:
+            if one.strategy.scope == "batch":
+                self._add_batch_credit(list(blocks.values()), one)
+        return lambda part: blocks[part.responses]
 
-    def _block_rows(self, block: Block, one: Asked, first: int) -> Iterator[TokenRow]:
+    def _add_batch_credit(self, blocks: Sequence[Block], one: Asked) -> None:
+        made = batch_credit(
+            one.strategy,
+            [batch for block in blocks for batch in block.batches],
+            [scores for block in blocks for scores in block.scores],
+            [record for block in blocks for record in block.observed],
+            seed=self.config.seed,
+            progress=0.0,
+            guidance_weight=self.config.guidance.weight,
+        )
+        credits = iter(made)
+        for block in blocks:
+            block.credits[one.label] = [credit_record(next(credits)) for _ in block.batches]
+
+    # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _rows(self, block: Block) -> Iterator[TokenRow]:
+        for one in self.asked:
+            yield from self._rows_under(block, one)
+
+    def _rows_under(self, block: Block, one: Asked) -> Iterator[TokenRow]:
         records = [o | credit for o, credit in zip(block.observed, block.credits[one.label], strict=True)]
         rows = token_rows(
             block.rollout,
@@ -251,14 +294,13 @@ class ModelInspector:
             block.scores,
             records,
             tokenizer=self.pair.tokenizer,
-            kept={row: row for row in range(len(block.rollout))},
+            kept=dict(enumerate(block.part.responses)),
             top_k=self.config.record.top_k,
             seed=self.config.seed,
         )
         for row in rows:
-            row.sequence += first
             row.strategy = one.label if len(self.asked) > 1 else None
-            if row.finish and block.given:
+            if row.finish and block.part.given:
                 row.finish = "given"
             yield row
 

@@ -12,19 +12,20 @@ import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from .config import Config
 from .errors import UserError
 from .models import resolve_device
-from .processes import JOB
+from .processes import JOB, READER_GONE, is_worker
 
 #: Seconds between two looks at the workers.
 MONITOR_INTERVAL = 0.1
@@ -60,7 +61,26 @@ def make_accelerator(config: Config, project_folder: str) -> Accelerator:
 # ── starting the others ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def launch(num_processes: int, arguments: list[str], *, cpu: bool, run: Path) -> int:
+def start_workers(config: Config, *, reads_input: bool, run: Path | None = None, more: Sequence[str] = ()) -> None:
+    """Where several processes are asked for and this is none of them: runs the command in them, and ends with them.
+
+    Args:
+        reads_input: whether the command would read standard input.
+        run: the run directory, which a failed job can be continued from.
+        more: arguments beyond those typed.
+
+    Raises:
+        UserError: workers and standard input, or more workers than GPUs.
+        Exit: with the exit code, where workers were started.
+    """
+    if reads_input and (is_worker() or config.num_processes > 1):
+        raise UserError("standard input with several processes: they share none. Write the rows to a file first")
+    if config.num_processes > 1 and not is_worker():
+        cpu = resolve_device(config.device).type == "cpu"
+        raise typer.Exit(launch(config.num_processes, [*sys.argv[1:], *more], cpu=cpu, run=run))
+
+
+def launch(num_processes: int, arguments: list[str], *, cpu: bool, run: Path | None) -> int:
     """Runs this command again as `num_processes` workers of this machine; returns the exit code.
 
     The workers print for themselves; this process passes signals on and speaks only of a worker that cannot.
@@ -142,15 +162,18 @@ def forwarded_signals(job: Path, num_processes: int) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def exit_code(failures: dict[int, Any], job: Path, run: Path, *, interrupted: bool) -> int:
+def exit_code(failures: dict[int, Any], job: Path, run: Path | None, *, interrupted: bool) -> int:
     """The job's exit code, and a message about a worker that was killed before it could say anything itself."""
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
     killed = {rank: -code for rank, code in codes.items() if code < 0}
     if 130 in codes.values() or (interrupted and len(killed) == len(codes)):
         return 130
+    if (job / READER_GONE).exists():
+        return 0
     if (job / "message").exists():
         return 1
-    advice = f" Continue with: tropd distill --resume {run}" if (run / "config.yaml").is_file() else ""
+    resumable = run is not None and (run / "config.yaml").is_file()
+    advice = f" Continue with: tropd distill --resume {run}" if resumable else ""
     if killed:
         # SIGTERM is how the others were ended: it comes last among the reasons.
         rank, number = min(killed.items(), key=lambda item: (item[1] == signal.SIGTERM, item[0]))

@@ -14,6 +14,7 @@ import typer
 
 from . import __version__, evaluate, inspect_regions
 from .errors import UserError
+from .processes import reader_gone
 
 # Threads that wait by spinning make small models on busy CPUs dozens of times slower. Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -40,6 +41,7 @@ def error_boundary(command: F) -> F:
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # The reader of our pipe has gone, as `| head` does: not an error.
+            reader_gone()
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except UserError as error:

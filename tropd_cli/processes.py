@@ -19,8 +19,10 @@ import typer
 
 from .errors import UserError
 
-#: Environment variable: folder that `tropd distill --num-processes` shares with the workers it starts.
+#: Environment variable: folder that a command with --num-processes shares with the workers it starts.
 JOB = "TROPD_JOB"
+#: File in it that says that the reader of the first worker's output has gone.
+READER_GONE = "reader-gone"
 #: How the process groups' errors about a peer that has gone read.
 SIGNS_OF_LOSS = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "gloo", "timed out waiting")
 
@@ -40,8 +42,16 @@ def is_first() -> bool:
 
 def register() -> None:
     """Tells our launcher, if it is ours, which process it can pass signals to."""
+    if JOB in os.environ and is_worker():
+        Path(os.environ[JOB], f"pid-{os.environ.get('RANK', '0')}").write_text(str(os.getpid()), encoding="utf-8")
+
+
+def reader_gone() -> None:
+    """Tells our launcher that nobody reads our output any more, as with `| head`: the others lose this process, and no
+    harm is done."""
     if JOB in os.environ:
-        Path(os.environ[JOB], f"pid-{os.environ['RANK']}").write_text(str(os.getpid()), encoding="utf-8")
+        with contextlib.suppress(OSError):
+            Path(os.environ[JOB], READER_GONE).touch()
 
 
 def may_speak() -> bool:
@@ -65,6 +75,7 @@ def may_speak() -> bool:
 def one_voice() -> Iterator[None]:
     """Only the first worker that fails says so; those that fail with it, or because of it, end quietly."""
     try:
+        register()
         yield
     except typer.Exit:
         raise

@@ -18,6 +18,7 @@ from .checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoi
 from .config import Config, build_strategy
 from .credit_loss import CreditLoss
 from .data import Prompt, load_prompts, prompts_of_step
+from .dealing import mine
 from .display import Display
 from .errors import UserError
 from .export import save_student, student_weights
@@ -126,8 +127,7 @@ class Training:
 
     def mine(self, items: Sequence[Any]) -> list[tuple[int, Any]]:
         """(global number, item) of the items this process handles."""
-        rank, count = self.accelerator.process_index, self.accelerator.num_processes
-        return [(number, item) for number, item in enumerate(items) if number % count == rank]
+        return list(mine(self.accelerator, list(enumerate(items))))
 
 
 # ── measuring ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ processes each takes every n-th batch, and the first one writes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from tropd_cli.batching import plan_micro_batches
 from tropd_cli.data import Prompt
+from tropd_cli.dealing import in_rounds, mine
 from tropd_cli.display import Display
 from tropd_cli.errors import UserError
 from tropd_cli.grading import SCHEMA, Completion, Graded, grade, summarize
@@ -25,11 +26,11 @@ from tropd_cli.heldout import given_rollout
 from tropd_cli.memory import with_smaller_batches
 from tropd_cli.pair import Pair
 from tropd_cli.prefixes import encode_response
+from tropd_cli.progress import WorkProgress
 from tropd_cli.rollout import Request, TransformersGenerator
 from tropd_cli.session import MICRO_BATCH_TOKENS, ROLLOUT_BATCH_TOKENS
 
 from .divergences import averages, row_divergences
-from .progress import SampleProgress
 from .samples import Row, SampleFile
 from .subject import Subject
 from .tasks import Item, Task
@@ -109,16 +110,22 @@ def sample_all(e: Evaluation, task: Task, prompts: Sequence[Prompt], file: Sampl
     (done,) = broadcast_object_list([set(file.rows)])
     names = [(task.items[number].id, sample) for number, sample in keys]
     open_batches = [batch for batch in plan if any(names[i] not in done for i in batch)]
-    count, rank = e.accelerator.num_processes, e.accelerator.process_index
     write = generator(e, task)
-    with SampleProgress(e.display, task.name, len(done), len(keys)) as progress:
-        for start in range(0, len(open_batches), count):
-            mine = open_batches[start : start + count][rank : rank + 1]
-            rows = [row for batch in mine for row in sample_batch(e, task, prompts, [keys[i] for i in batch], write)]
-            everyone = gather_object(rows)
+
+    def sampled(batch: list[int]) -> list[Row]:
+        return sample_batch(e, task, prompts, [keys[i] for i in batch], write)
+
+    with WorkProgress(e.display, task.name, len(done), len(keys), unit="samples") as progress:
+        for rows in in_rounds(e.accelerator, open_batches, sampled):
             if e.accelerator.is_main_process:
-                file.append(everyone)
-                progress.update(file.rows.values())
+                file.append(rows)
+                progress.update(len(file.rows), share_correct(file.rows.values()))
+
+
+def share_correct(rows: Collection[Row]) -> str:
+    """The accuracy so far, as the progress shows it."""
+    verdicts = [row["correct"] for row in rows if row["correct"] is not None]
+    return f"correct {sum(verdicts) / len(verdicts):.1%}" if verdicts else ""
 
 
 def generator(e: Evaluation, task: Task) -> TransformersGenerator:
@@ -182,9 +189,9 @@ def given_text(e: Evaluation, task: Task, prompts: Sequence[Prompt]) -> dict[str
     given = [prompt for prompt in prompts if prompt.response is not None]
     if not e.divergence or not given:
         return None
-    mine = given[e.accelerator.process_index :: e.accelerator.num_processes]
-    responses = [encode_response(str(p.response), e.pair.tokenizer, e.pair.vocabulary) for p in mine]
-    rollout = given_rollout(mine, responses, e.pair.vocabulary)
+    own = mine(e.accelerator, given)
+    responses = [encode_response(str(p.response), e.pair.tokenizer, e.pair.vocabulary) for p in own]
+    rollout = given_rollout(own, responses, e.pair.vocabulary)
     sums = row_divergences(e.pair, rollout, e.subject.config.temperature, e.micro_batch_tokens)
     return averages(gather_object(sums))
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import typer
 
 from tropd_cli.benchmarks import Sampling, load_all
 from tropd_cli.commands import quiet_libraries
@@ -21,9 +18,8 @@ from tropd_cli.display import Display
 from tropd_cli.errors import UserError
 from tropd_cli.evaluate import EvalRequest
 from tropd_cli.judging import resolve_verifier
-from tropd_cli.launch import launch, make_accelerator
-from tropd_cli.models import resolve_device
-from tropd_cli.processes import is_first, is_worker, one_voice, register
+from tropd_cli.launch import make_accelerator, start_workers
+from tropd_cli.processes import is_first, one_voice
 from tropd_cli.run_directory import RunDirectory
 
 from .forms import emit
@@ -57,18 +53,8 @@ class Job:
 def evaluate_models(request: EvalRequest) -> None:
     """Runs every job of the request and prints the results. Raises UserError."""
     with one_voice():
-        if is_worker():
-            register()
         jobs = plan_jobs(request)
-        config = jobs[0].subject.config
-        if config.num_processes > 1 and not is_worker():
-            if request.data == "-" or "=-" in str(request.benchmark):
-                raise UserError(
-                    "standard input with --num-processes: workers share none. Write the rows to a file first"
-                )
-            cpu = resolve_device(config.device).type == "cpu"
-            where = Path(request.output or "evaluation")
-            raise typer.Exit(launch(config.num_processes, sys.argv[1:], cpu=cpu, run=where))
+        start_workers(jobs[0].subject.config, reads_input=request.data == "-" or "=-" in str(request.benchmark))
         run_jobs(request, jobs)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tropd_cli.errors import UserError
+from tropd_cli.processes import is_first
 
 from .inspection import Inspection
 from .rows import TokenRow
@@ -108,5 +109,6 @@ def destination(output: str | None) -> Iterator[IO[str]]:
 
 
 def tell(text: str) -> None:
-    """A line for the person, on stderr."""
-    Console(stderr=True, highlight=False).print(Text(text), soft_wrap=True)
+    """A line for the person, on stderr; of several processes the first one speaks."""
+    if is_first():
+        Console(stderr=True, highlight=False).print(Text(text), soft_wrap=True)
