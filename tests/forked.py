@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ class Job:
     codes: list[int | None]
 
     def wait(self, seconds: float) -> list[int | None]:
-        """Waits until all have ended, and kills what has not by then (its code stays None).
+        """Waits until all have ended, and kills what has not by then (its code stays None; its log shows where it stood).
 
         As torchrun does: when one fails, the others get SIGTERM.
         """
@@ -32,6 +33,9 @@ class Job:
                 self.send(signal.SIGTERM)
             time.sleep(0.02)
         codes = list(self.codes)
+        if self.running():
+            self.send(signal.SIGUSR1)
+            time.sleep(0.5)
         for pid in self.running():
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -90,6 +94,7 @@ def _run(function: Callable[[], int | None], environment: dict[str, str], log: P
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        faulthandler.register(signal.SIGUSR1, file=handle)
         code = function() or 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

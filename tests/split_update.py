@@ -1,6 +1,6 @@
 """A script: updates of strategies on the same rollouts, by one process, by two, by two with accumulation, by three, and by
-two of which one is short of memory; a sharded student; and whole sampled runs on one, two and changing numbers of
-processes. Writes FOLDER for the tests.
+two of which one is short of memory; a sharded student; whole sampled runs on one, two and changing numbers of
+processes; inspections and evaluations on one and two. Writes FOLDER for the tests.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import json
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ from strategies import STRATEGIES, Needs
 from tropd_cli import train
 from tropd_cli.config import build_config
 from tropd_cli.credit_loss import CreditLoss
+from tropd_cli.demo.task import problems as demo_problems
 from tropd_cli.display import Display
 from tropd_cli.launch import make_accelerator
 from tropd_cli.models import LanguageModel, add_lora
@@ -200,6 +202,25 @@ def out_of_memory_in(name: str, *arguments: str) -> Any:
     return run
 
 
+def inspecting(folder: Path, name: str) -> Any:
+    """`inspect-regions` with strategies of both scopes, on more texts and prompts than one process takes."""
+    problems = [row["prompt"] for row in demo_problems("heldout", 7, seed=0)]
+    rows = [
+        {"prompt": text} | ({"response": " 3 + 4 = 7\n"} if place > 4 else {}) for place, text in enumerate(problems)
+    ]
+    data = folder / "inspected.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = ["--student", "demo:student", "--teacher", "demo:teacher", "--data", str(data), "--max-prompt-length", "64"]
+    asked = ["--strategy", "trust-region", "--strategy", "entropy", "--samples", "2", "--max-response-length", "16"]
+    return tropd("inspect-regions", *pair, *asked, "-o", str(folder / f"{name}.jsonl"))
+
+
+def evaluating(folder: Path, name: str) -> Any:
+    """`eval` of the demo's two models, several batches each."""
+    small = ["--limit", "5", "--samples", "2", "--max-response-length", "16", "--set", "rollout_batch_tokens=200"]
+    return tropd("eval", *small, "--output", str(folder / name))
+
+
 def sharded(folder: Path) -> None:
     from .sharded_update import compare
 
@@ -229,6 +250,8 @@ def main(folder: Path, arguments: list[str]) -> None:
         ("sharded-12", 2, tropd("distill", "--resume", str(folder / "sharded-12"), "--shard", "full"), 0),
         ("sharded-21", 2, stopped_at(4, *distill("sharded-21"), "--shard", "grad_op"), 130),
         ("sharded-21", 1, tropd("distill", "--resume", str(folder / "sharded-21"), "--shard", "none"), 0),
+        *((f"inspect-{count}", count, inspecting(folder, f"inspect-{count}"), 0) for count in (1, 2)),
+        *((f"eval-{count}", count, evaluating(folder, f"eval-{count}"), 0) for count in (1, 2)),
     ]
     for name, count, function, wanted in jobs:
         started, log = time.monotonic(), folder / f"{name}.log"

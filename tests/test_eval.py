@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,26 +213,6 @@ def test_nothing_is_sampled_again_and_other_settings_are_refused(
     assert "sampling was" in refused and "--overwrite" in refused
     (tmp_path / "x.settings.json").unlink()
     assert "says how it was made" in evaluate(*args, code=1).stderr
-
-
-@pytest.mark.slow
-def test_two_processes_write_the_same_files(tmp_path: Path) -> None:
-    for count in ("1", "2"):
-        args = ["--limit", "8", "--samples", "2", "--set", "rollout_batch_tokens=600", "--num-processes", count]
-        command = [
-            sys.executable,
-            "-m",
-            "tropd_cli.main",
-            "eval",
-            *args,
-            "--device",
-            "cpu",
-            "--output",
-            str(tmp_path / count),
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    first, second = ({p.name: p.read_bytes() for p in (tmp_path / count).iterdir()} for count in ("1", "2"))
-    assert len(first) == 5 and first == second
 
 
 def test_a_sample_does_not_depend_on_how_many_are_made(on_data: list[str], tmp_path: Path) -> None:

@@ -122,6 +122,10 @@ CONFIG_FLAGS = (
 ).split()  # fmt: skip
 
 
+#: Options whose flag is called otherwise.
+FLAG_OF = {"rollouts_per_prompt": "--samples", "record": "--top-k"}
+
+
 @dataclass
 class InspectRequest:
     """`tropd inspect-regions` as typed. flags: options of `Config` that name models, data and sampling."""
@@ -196,11 +200,12 @@ def recorded(request: InspectRequest) -> Found:
     """Rows of a run directory, or of a file that --format jsonl wrote; under other strategies where asked for."""
     assert request.run is not None
     path = Path(request.run)
-    excluded = [f"--{name.replace('_', '-')}" for name in request.flags] + (["--config"] if request.config else [])
+    excluded = [FLAG_OF.get(name, f"--{name.replace('_', '-')}") for name in request.flags]
+    excluded += ["--config"] if request.config else []
     if excluded:
         student = path / "student"
         raise UserError(
-            f"'{path}' is shown as recorded, so {excluded[0]} does not apply. To ask its student anew: "
+            f"'{path}' is shown as recorded, so {excluded[0]} does not apply. Leave it out, or ask its student anew: "
             f"tropd inspect-regions --student {student} --teacher T --data D"
         )
     from_run = path.is_dir() or (not path.is_file() and str(path) != "-")

@@ -107,8 +107,8 @@ class ModelInspector:
         return self.given_texts + (len(self.prompts) - self.given_texts) * self.config.rollouts_per_prompt
 
     def rows(self, told: Callable[[int], None] = lambda _: None) -> Iterator[TokenRow]:
-        """All rows, response by response within a block; a block comes once per strategy. Of several processes each has
-        to go through them, and the first one gets them.
+        """All rows, response by response, each once per strategy. Of several processes each has to go through them, and
+        the first one gets them.
 
         Args:
             told: hears how many responses are done.
@@ -283,10 +283,12 @@ class ModelInspector:
     # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _rows(self, block: Block) -> Iterator[TokenRow]:
-        for one in self.asked:
-            yield from self._rows_under(block, one)
+        """Response by response, so that their order does not depend on how they were cut into blocks."""
+        for once_per_strategy in zip(*(self._rows_under(block, one) for one in self.asked), strict=True):
+            for rows in once_per_strategy:
+                yield from rows
 
-    def _rows_under(self, block: Block, one: Asked) -> Iterator[TokenRow]:
+    def _rows_under(self, block: Block, one: Asked) -> Iterator[list[TokenRow]]:
         records = [o | credit for o, credit in zip(block.observed, block.credits[one.label], strict=True)]
         rows = token_rows(
             block.rollout,
@@ -298,11 +300,13 @@ class ModelInspector:
             top_k=self.config.record.top_k,
             seed=self.config.seed,
         )
-        for row in rows:
-            row.strategy = one.label if len(self.asked) > 1 else None
-            if row.finish and block.part.given:
-                row.finish = "given"
-            yield row
+        for _, response in groupby(rows, key=lambda row: row.sequence):
+            named = list(response)
+            for row in named:
+                row.strategy = one.label if len(self.asked) > 1 else None
+            if block.part.given:
+                named[-1].finish = "given"
+            yield named
 
     def _shrinking(self, action: Callable[[int], T], budget: int, smallest: int, knob: str) -> tuple[T, int]:
         return with_smaller_batches(action, budget, smallest=smallest, knob=knob, warn=self.warn)

@@ -18,6 +18,7 @@ class WorkProgress:
     def __init__(self, display: Display, name: str, done: int, total: int, *, unit: str) -> None:
         self.display, self.name, self.done, self.total, self.unit = display, name, done, total, unit
         self.started = self.last = time.monotonic()
+        self.shown = done
         self.bar: Progress | None = None
 
     def __enter__(self) -> WorkProgress:
@@ -38,7 +39,10 @@ class WorkProgress:
             self.bar.stop()
 
     def update(self, done: int, numbers: str = "") -> None:
-        """Shows that `done` pieces are there; with the last one the live line goes."""
+        """Shows that `done` pieces are there, if that is news; with the last one the live line goes."""
+        if done <= self.shown:
+            return
+        self.shown = done
         if self.bar is not None:
             self.bar.update(self.line, completed=done, numbers=numbers)
             if done >= self.total:
