@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
-from tropd_cli import inspected_models
+from tropd_cli import inspected_models, launch
 from tropd_cli.config import Config
 from tropd_cli.data import PromptFormat, prompts_of_step
 from tropd_cli.demo import STUDENT, TEACHER
@@ -265,3 +265,34 @@ def test_a_rate_of_samples_and_a_seed(tiny_pair: dict[str, Path]) -> None:
     assert runs[0] == runs[1] and [r["uniform"] for r in runs[0]][:8] != [r["uniform"] for r in runs[2]][:8]
     assert {row["sequence"] for row in runs[0]} == {0, 1}
     assert all(len(row["teacher_top_k"]) == 3 for row in runs[0])
+
+
+# ── many processes ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_workers_are_started_for_models_and_for_nothing_else(
+    tiny_pair: dict[str, Path], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they then make is compared in tests/test_processes.py."""
+    started: list[int] = []
+    monkeypatch.setattr(launch, "launch", lambda count, *_, **__: started.append(count) or 7)
+    on_data = [*models(tiny_pair), "--data", tiny_pair["data"]]
+    inspect(*on_data, "--num-processes", "2", code=7)
+    inspect(*on_data, "--set", "num_processes=3", code=7)
+    assert started == [2, 3]
+    (tmp_path / "trained.yaml").write_text("num_processes: 4\nshard: full\nlog_with: [tensorboard]\n")
+    short = ["--max-prompt-length", "16", "--max-response-length", "4", "--prompts", "1"]
+    inspect(*on_data, *short, "--config", tmp_path / "trained.yaml")
+    assert "they share none" in inspect(*models(tiny_pair), "--data", "-", "--num-processes", "2", code=1).stderr
+    assert "--num-processes does not apply. Leave it out" in inspect(run, "--num-processes", "2", code=1).stderr
+    assert "'num_processes' is 0" in inspect(*on_data, "--num-processes", "0", code=1).stderr
+    assert "unknown strategy" in inspect(*on_data, "--num-processes", "2", "--strategy", "nope", code=1).stderr
+    assert started == [2, 3]
+
+
+def test_of_several_processes_the_first_one_shows_a_recording(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, shown in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        result = inspect(run, "--summary")
+        assert bool(result.stdout) == shown and not result.stderr

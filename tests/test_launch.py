@@ -241,3 +241,45 @@ def test_cutting_a_torn_line(tmp_path: Path) -> None:
 def test_a_run_that_died_before_its_configuration_was_written_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.tmp").write_text("stu")
     RunDirectory(tmp_path).refuse_existing(overwrite=False)
+
+
+# ── inspect-regions, as distill ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def inspection(pair: dict[str, Path], folder: Path, data: Path, **options: Any) -> subprocess.Popen[str]:
+    given = {"student": pair["student"], "teacher": pair["teacher"], "data": data, "max_prompt_length": 16} | options
+    flags = [x for name, value in given.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+    return start_job(["inspect-regions", *flags, "--num-processes", "2", "--format", "jsonl"], folder)
+
+
+@pytest.mark.slow
+def test_an_inspection_by_two_workers_is_one_command(tiny_pair: dict[str, Path], tmp_path: Path) -> None:
+    job = inspection(tiny_pair, tmp_path, tiny_pair["data"], max_response_length=8)
+    assert job.wait(100) == 0
+    rows = [json.loads(line) for line in (tmp_path / "stdout").read_text().splitlines()]
+    assert list(dict.fromkeys(row["sequence"] for row in rows)) == list(range(12))
+    assert (tmp_path / "stderr").read_text().count("12 responses of") == 1
+
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(tiny_pair["data"].read_text() + '{"prompt": "w1", "response": ""}\n')
+    assert inspection(tiny_pair, tmp_path, bad, max_response_length=8).wait(100) == 1
+    said = (tmp_path / "stderr").read_text()
+    assert said.count("error:") == 1 and "row 13: `response` is empty" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_inspection_ends_as_one(tiny_pair: dict[str, Path], tmp_path: Path, number: int) -> None:
+    """SIGKILL: of a worker."""
+    many = tmp_path / "many.jsonl"
+    many.write_text(tiny_pair["data"].read_text() * 200)
+    job = inspection(tiny_pair, tmp_path, many, max_response_length=64)
+    while job.poll() is None and not (tmp_path / "stdout").stat().st_size:
+        time.sleep(0.05)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(workers[-1]) if number == signal.SIGKILL else job.pid, number)
+    assert job.wait(60) == (1 if number == signal.SIGKILL else 130)
+    said = (tmp_path / "stderr").read_text()
+    assert ("was killed by SIGKILL" in said) == (number == signal.SIGKILL)
+    assert said.count("error:") == (number == signal.SIGKILL) and "Traceback" not in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
