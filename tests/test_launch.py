@@ -90,12 +90,25 @@ def test_only_the_first_worker_that_fails_speaks(tmp_path: Path, monkeypatch: py
 
 
 def test_under_another_launcher_the_loss_of_a_peer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv(JOB, raising=False)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
     with pytest.raises(UserError, match="lost contact"), one_voice():
         raise RuntimeError("Connection reset by peer")
     assert not may_speak()
+
+
+def test_the_reason_goes_before_the_loss_that_follows_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv(JOB, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    speaking = threading.Timer(0.05, may_speak)
+    speaking.start()
+    with pytest.raises(typer.Exit), one_voice():
+        raise RuntimeError("Connection reset by peer")
+    speaking.join()
 
 
 def failure(code: int) -> Any:

@@ -25,6 +25,8 @@ JOB = "TROPD_JOB"
 READER_GONE = "reader-gone"
 #: How the process groups' errors about a peer that has gone read.
 SIGNS_OF_LOSS = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "gloo", "timed out waiting")
+#: Seconds in which a process that fails may give its reason, before those that lost it say that they did.
+PATIENCE = 2.0
 
 
 def is_worker() -> bool:
@@ -83,6 +85,8 @@ def one_voice() -> Iterator[None]:
         if not is_worker():
             raise
         lost = lost_contact(error)
+        if lost and JOB not in os.environ:
+            time.sleep(PATIENCE)
         # Our launcher sees which process died of what, and says it.
         if (lost and JOB in os.environ) or not may_speak():
             raise typer.Exit(1) from None
