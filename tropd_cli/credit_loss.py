@@ -105,11 +105,12 @@ class _Job:
 
     def run(self, hidden: Tensor, trained: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """(loss, gradient of hidden [N, H], gradients of the head's trained parameters)."""
+        states = hidden.to(product_dtype(hidden))
         with torch.autocast(hidden.device.type, enabled=False):
             project: _Projection = (
-                _PlainProjection(self.head, hidden, trained)
+                _PlainProjection(self.head, states, trained)
                 if self.head.is_plain
-                else _AutogradProjection(self.head, hidden, trained)
+                else _AutogradProjection(self.head, states, trained)
             )
             loss = hidden.new_zeros((), dtype=torch.float64)
             pieces: list[Record] = []
@@ -123,7 +124,8 @@ class _Job:
                     loss += chunk_loss
                     project.accumulate(where, dlogits)
         self.record = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]} if pieces else {}
-        return loss.to(torch.promote_types(hidden.dtype, torch.float32)), *project.gradients()
+        grad_hidden, grad_trained = project.gradients()
+        return loss.to(torch.promote_types(hidden.dtype, torch.float32)), grad_hidden.to(hidden.dtype), grad_trained
 
     def _chunk(self, logits: Tensor, where: slice, scratch: Tensor) -> tuple[Record, Tensor | float, Tensor | None]:
         """Overwrites `logits` [c, V] and `scratch` [r, V]. Returns (record, loss, dlogits or None without credit)."""
@@ -268,6 +270,13 @@ def credit_record(credit: Credit) -> Record:
     }
 
 
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the head's products: autocast's, as in the model's own forward, or that of the hidden states, which a
+    last norm in float32 hands over in float32 under autocast too."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 def summed_in(parameter: Tensor) -> torch.dtype:
     """The dtype in which a parameter's gradient is summed over chunks: float32 at least."""
     return torch.promote_types(parameter.dtype, torch.float32)
@@ -295,7 +304,8 @@ class _PlainProjection:
         hidden = self.hidden[where]
         if hidden.dtype == self.head.projection.weight.dtype:
             return self.head.logits(hidden, buffer)
-        logits = torch.mm(hidden, self.weight.t()).float()  # autocast: float32 masters, half-precision products
+        # Autocast: float32 masters, half-precision products, all that follows in float32.
+        logits = buffer[: hidden.shape[0]].copy_(torch.mm(hidden, self.weight.t()))
         return logits if self.head.projection.bias is None else logits.add_(self.head.projection.bias.detach())
 
     def accumulate(self, where: slice, dlogits: Tensor) -> None:
