@@ -123,7 +123,9 @@ def bare(heads: Heads, chunk: int) -> Callable[[], None]:
     return action
 
 
-def fastest_bare(heads: Heads, seconds_of: Callable[[Callable[[], object]], float] = cpu_seconds) -> tuple[int, Callable[[], None]]:
+def fastest_bare(
+    heads: Heads, seconds_of: Callable[[Callable[[], object]], float] = cpu_seconds
+) -> tuple[int, Callable[[], None]]:
     """(chunk, action) of the limit: each chunk is tried once, after one whose time does not count, for the first
     products of a process are slow. `seconds_of`: what measures."""
     candidates = {chunk: bare(heads, chunk) for chunk in BARE_CHUNKS}
