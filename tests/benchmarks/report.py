@@ -79,9 +79,13 @@ def step(document: Document, images: Path) -> str:
 
 def bucketing(document: Document, images: Path) -> str:
     cases = document["cases"]
+    gaps = ("logprob_gap", "loss_gap", "gradient_gap")
     rows = [
-        [c["plan"], str(c["micro_batches"]), f"{c['tokens_per_cpu_second']:.0f}", f"{c['speed_up']:.2f}"] for c in cases
+        [c["plan"], str(c["micro_batches"]), f"{c['tokens_per_cpu_second']:.0f}", f"{c['speed_up']:.2f}"]
+        + [f"{c[gap]:.1e}" if c[gap] else "–" for gap in gaps]
+        for c in cases
     ]
+    heading = ["micro-batches", "how many", "tokens per CPU-second", "times as fast", "log-prob", "loss", "gradient"]
     speed = {"": [c["tokens_per_cpu_second"] for c in cases]}
     bars(
         images / "bench-micro-batches.png", [c["plan"] for c in cases], speed, "tokens per CPU-second", "Score + update"
@@ -91,8 +95,9 @@ def bucketing(document: Document, images: Path) -> str:
         "### Micro-batches\n\n"
         f"Score and update of {first['rows']} responses, {first['tokens']:,} tokens, random weights of the 135M shape "
         f"({first['layers']} layers), at most {first['token_budget']:,} tokens in a micro-batch; against one padded batch in "
-        "arrival order.\n\n"
-        f"{table(['micro-batches', 'how many', 'tokens per CPU-second', 'times as fast'], rows)}\n\n"
+        "arrival order. The last three columns: largest differences from that batch in float32, of log-probabilities in nats, "
+        "of loss and gradient relative to sum |credit x log q| / N.\n\n"
+        f"{table(heading, rows)}\n\n"
         "![Tokens per CPU-second](images/bench-micro-batches.png)"
     )
 
