@@ -58,9 +58,20 @@ class ScoringOptions:
     chunk_tokens: int | None = None
 
 
+def rows_of_chunk(vocabulary: int, device: torch.device, chunk_tokens: int | None = None) -> int:
+    """Tokens whose [c, V] float32 logits stay within the budget of the device, or as many as `chunk_tokens` says."""
+    return chunk_tokens or max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+
+
+def rows_of_block(vocabulary: int, device: torch.device) -> int:
+    """Tokens that are worked on at once between two products."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return threads * max(1, BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // (4 * vocabulary))
+
+
 def chunk_slices(count: int, vocabulary: int, device: torch.device, chunk_tokens: int | None = None) -> Iterator[slice]:
-    """Cuts N tokens into chunks whose [c, V] float32 logits stay within the budget of the device."""
-    size = chunk_tokens or max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+    """Cuts N tokens into chunks."""
+    size = rows_of_chunk(vocabulary, device, chunk_tokens)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -68,12 +79,10 @@ def chunk_slices(count: int, vocabulary: int, device: torch.device, chunk_tokens
 def chunk_buffers(slices: list[slice], hidden: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     """A [c, V] tensor of the largest chunk and a [r, V] one of a block, used again for every chunk: fresh ones cost page
     faults on a CPU."""
-    rows = max((where.stop - where.start for where in slices), default=0)
-    per_row, device = 4 * vocabulary, hidden.device.type
-    threads = torch.get_num_threads() if device == "cpu" else 1
-    block = threads * max(1, BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"]) // per_row)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return tuple(hidden.new_empty((size, vocabulary), dtype=dtype) for size in (rows, min(rows, block)))  # type: ignore[return-value]
+    chunk = max((where.stop - where.start for where in slices), default=0)
+    block = min(chunk, rows_of_block(vocabulary, hidden.device))
+    return hidden.new_empty((chunk, vocabulary), dtype=dtype), hidden.new_empty((block, vocabulary), dtype=dtype)
 
 
 def blocks_of(chunk: Tensor, scratch: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
