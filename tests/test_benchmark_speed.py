@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from .benchmarks import bucketing, gpu, growth, report
+from .benchmarks import bucketing, credit_loss, gpu, growth, report, rollout
 from .benchmarks.process import write_results
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_the_gpu_benchmark_runs_its_four_parts_anywhere() -> None:
-    cases = list(gpu.measure(gpu.TINY, "cpu", None, checkpointing=True))
-    assert {case["part"] for case in cases} == {"step", "rollout", "credit loss"}
-    losses = {case["who"]: case for case in cases if case["part"] == "credit loss"}
-    assert losses.keys() == {"ours", "bare products", "full log_softmax"}
-    assert all(case["seconds"] > 0 and case["peak_bytes"] > 0 for case in losses.values())
+def test_the_limit_is_the_fastest_chunk_of_the_bare_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = credit_loss.random_heads(6, 20, 4)
+    monkeypatch.setattr(credit_loss, "BARE_CHUNKS", (1, 4, 9))
+    times = iter([3.0, 1.0, 2.0])
+    chunk, action = credit_loss.fastest_bare(heads, lambda action: (action(), next(times))[1])
+    assert chunk == 4
+    action()
 
 
 def test_without_a_gpu_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +34,12 @@ def test_results_become_tables_and_pictures(tmp_path: Path, monkeypatch: pytest.
     for module, arguments in (
         (bucketing, "--rows 3 --lengths 4 20 --layers 1 --token-budget 64"),
         (growth, "--lengths 8 16 --vocabulary 500 1000 --rows 1 --hidden 64 --layers 1"),
+        (credit_loss, "--tokens 8 16 --vocabulary 300 --hidden 16 --repeats 1"),
+        (
+            rollout,
+            "--vocabulary 300 --hidden 64 --layers 1 --prompts 2 --samples 2 --prompt 4 --long-prompt 8 --length 6",
+        ),
+        (gpu, "--tiny --device cpu"),
     ):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(sys, "argv", [name, *arguments.split(), "--out", str(tmp_path / f"{name}.json")])
@@ -56,7 +63,23 @@ def test_results_become_tables_and_pictures(tmp_path: Path, monkeypatch: pytest.
     text = page.read_text()
     assert "| **ours / peer** | **1.00** | **1.00** | **1.00** | **0.50** |" in text
     assert "python -m tests.benchmarks.step --peer-python PATH\n" in text and str(tmp_path) not in text
-    assert text.index("beside a peer") < text.index("### Micro-batches") < text.index("### Growth of memory")
-    pictures = sorted(path.name for path in (page.parent / "images").iterdir())
-    assert pictures == ["bench-growth.png", "bench-micro-batches.png", "bench-step.png"]
+    titles = [line for line in text.splitlines() if line.startswith("### ")]
+    assert [title.split()[-1] for title in titles] == [
+        "peer",
+        "products",
+        "`generate`",
+        "Micro-batches",
+        "memory",
+        "GPU",
+    ]
+    pictures = {path.stem.removeprefix("bench-") for path in (page.parent / "images").iterdir()}
+    assert pictures == {"credit-loss", "growth", "micro-batches", "rollout", "step"}
+    losses = json.loads((tmp_path / "credit_loss.json").read_text())["cases"]
+    assert [case["fraction_of_limit"] for case in losses] == [c["bare_cpu_seconds"] / c["cpu_seconds"] for c in losses]
+    assert all(f"| {case['fraction_of_limit']:.2f} |" in text for case in losses)
     assert json.loads((tmp_path / "growth.json").read_text())["cases"][1]["ratio"] > 0
+    cases = json.loads((tmp_path / "gpu.json").read_text())["cases"]
+    assert {case["part"] for case in cases} == {"step", "rollout", "credit loss"}
+    found = {case["who"]: case for case in cases if case["part"] == "credit loss"}
+    assert found.keys() == {"ours", "bare products", "full log_softmax"}
+    assert all(case["seconds"] > 0 and case["peak_bytes"] > 0 for case in found.values())

@@ -9,7 +9,7 @@ from strategies import Credit, Needs, Signals
 from tropd_cli.batching import plan_micro_batches, token_batch
 from tropd_cli.credit_loss import CreditLoss, CreditRequest
 from tropd_cli.models import add_lora
-from tropd_cli.scoring import ScoringOptions, score_teacher
+from tropd_cli.scoring import Scores, ScoringOptions, score_teacher
 
 from .tiny import KINDS, full_logits, random_rollout, reference_loss, tiny_model, tiny_vocabulary
 
@@ -88,6 +88,29 @@ def test_loss_and_gradients_equal_autograd_on_full_logits(kind: str, lora: str, 
             torch.testing.assert_close(
                 got[parameter], want[parameter], atol=tolerance * scale, rtol=tolerance * 10, msg=f"{name} {parameter}"
             )
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain head", "adapted head"])
+def test_under_autocast_the_head_multiplies_in_half_precision_as_the_model_does(lora: bool) -> None:
+    student = tiny_model("llama")
+    if lora:
+        student = add_lora(student, rank=3, alpha=6, targets=["q_proj", "lm_head"])
+    batch = token_batch(random_rollout([9, 4, 7]), [0, 1, 2], pad_id=0)
+    credit = random_credit(CREDITS["sampled"], len(batch), 61, torch.float32)
+    scores = Scores(teacher_logprob=torch.zeros(len(batch)))
+    request = CreditRequest(Needs(), lambda _, where: cut(credit, where), num_tokens=17)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, record = CreditLoss(student, chunk_tokens=6)(batch, scores, request)
+        own = student.model(input_ids=batch.inputs, use_cache=False).logits.float().flatten(0, 1)[batch.predicts]
+    loss.backward()
+    got = gradients(student.model)
+    reference_loss(own, batch.token_ids, None, credit, 17).backward()
+    want = gradients(student.model)
+    logprob = own.detach().log_softmax(-1).gather(1, batch.token_ids[:, None])[:, 0]
+    torch.testing.assert_close(record["student_logprob"], logprob, atol=1e-5, rtol=0)  # float32 products: some 1e-3 off
+    for name, gradient in want.items():
+        gap = (got[name] - gradient).abs().max()
+        assert gap <= 0.01 * gradient.abs().max(), name  # chunks sum in float32, one product in bfloat16
 
 
 def test_micro_batches_of_uneven_size_add_up_to_one_batch() -> None:

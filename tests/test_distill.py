@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from tropd_cli import train
 from tropd_cli.main import app
+from tropd_cli.offload import Offload
 
 from .tiny import tiny_model, tiny_tokenizer
 
@@ -305,6 +306,36 @@ def test_teacher_equal_to_student_is_said(tiny_pair: dict[str, Path], tmp_path: 
     result = invoke(*arguments(pair, tmp_path / "run", steps=1))
     assert "there will be no signal" in result.stderr and "agree before training" in result.stderr
     assert metrics(tmp_path / "run")[0]["acceptance"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_offloaded_models_are_never_used_while_they_are_away(
+    tiny_pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Away means here: without weights. Prefixes, probe, scores and held-out measurement all bring them back."""
+    options = {"eval_data": str(tiny_pair["data"]), "eval_every": 2, "steps": 2, "chunk_tokens": 5}
+    away = 0
+
+    def hide(self: Offload) -> None:
+        nonlocal away
+        away += 1
+        for model, _ in self.homes:
+            kept = [(parameter, parameter.data) for parameter in model.model.parameters()]
+            for parameter, data in kept:
+                parameter.data = data.new_empty(0)
+            model.model.to = lambda _, kept=kept: [setattr(p, "data", data) for p, data in kept]
+
+    invoke(*arguments(tiny_pair, tmp_path / "here", **options))
+    monkeypatch.setattr(Offload, "_send_away", hide)
+    invoke(*arguments(tiny_pair, tmp_path / "away", teacher_offload=True, **options))
+    assert lasting(metrics(tmp_path / "away")) == lasting(metrics(tmp_path / "here"))
+    assert away >= 1 + 1 + 2 + 2  # at first, after the probe, after two evaluations, after scoring two rollouts
+    arguments_of_gkd = arguments(tiny_pair, tmp_path / "gkd", teacher_offload=True)
+    start = next(i for i, a in enumerate(arguments_of_gkd) if a.startswith("strategy.outlier")) - 1
+    del arguments_of_gkd[start : start + 2]
+    result = invoke(*arguments_of_gkd, "--strategy", "gkd", code=1)
+    assert (
+        "teacher_offload does not go with strategy 'gkd'" in result.stderr and "--teacher-device cpu" in result.stderr
+    )
 
 
 def test_json_prints_the_last_metrics(tiny_pair: dict[str, Path], tmp_path: Path) -> None:

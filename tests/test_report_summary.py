@@ -71,6 +71,16 @@ def test_counts_shares_and_credit() -> None:
     assert summary["outlier_share_by_tenth"] == [None, 0, 0, 0, 0, 0, 1, 1, 1, 1]
 
 
+def test_what_the_teacher_wants_at_outliers_is_the_median_over_them() -> None:
+    """The last four are outliers; the first of them knows nothing of the teacher's choices."""
+    rows = toy_sample()
+    rows[6] = dataclasses.replace(rows[6], teacher_top_k=[])
+    for place, logprob in ((7, -9.0), (8, -2.0), (9, -5.0)):
+        rows[place] = dataclasses.replace(rows[place], teacher_top_k=[Choice("0", -0.1, logprob)])
+    assert summary_of(rows)["wanted_logprob"] == -5.0
+    assert summary_of(rows[:6])["wanted_logprob"] is None
+
+
 def test_soft_regions_count_by_weight() -> None:
     rows = [dataclasses.replace(row, outlier_weight=0.25) for row in toy_sample()]
     assert summary_of(rows)["outlier_share"] == pytest.approx(0.25)

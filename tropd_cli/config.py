@@ -90,10 +90,12 @@ class Config(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     teacher_device: str = "auto"
+    teacher_offload: bool = False
     gradient_checkpointing: bool = False
     padding_free: bool = True
     micro_batch_tokens: Count | None = None
     rollout_batch_tokens: Count | None = None
+    chunk_tokens: Count | None = None
     num_processes: Count = 1
     shard: Literal["none", "full", "grad_op"] = "none"
     threads: CountOrZero = 0
@@ -114,8 +116,8 @@ class Config(Section):
 
 #: The only keys that may change when a run is resumed.
 RESUMABLE = frozenset(
-    "steps num_processes shard padding_free micro_batch_tokens rollout_batch_tokens log_with threads hang_timeout plugin "
-    "output".split()
+    "steps num_processes shard padding_free micro_batch_tokens rollout_batch_tokens chunk_tokens teacher_offload log_with "
+    "threads hang_timeout plugin output".split()
 )
 
 

@@ -20,7 +20,7 @@ from strategies.functional import topk_forward_kl
 
 from .batching import TokenBatch
 from .models import Head, LanguageModel
-from .scoring import Scores, chunk_buffers, chunk_slices, response_hidden
+from .scoring import Scores, blocks_of, chunk_buffers, chunk_slices, response_hidden
 
 #: (signals of some tokens, which tokens of the micro-batch) -> credit with guidance applied.
 CreditOf = Callable[[Signals, slice], Credit]
@@ -105,11 +105,12 @@ class _Job:
 
     def run(self, hidden: Tensor, trained: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """(loss, gradient of hidden [N, H], gradients of the head's trained parameters)."""
+        states = hidden.to(product_dtype(hidden))
         with torch.autocast(hidden.device.type, enabled=False):
             project: _Projection = (
-                _PlainProjection(self.head, hidden, trained)
+                _PlainProjection(self.head, states, trained)
                 if self.head.is_plain
-                else _AutogradProjection(self.head, hidden, trained)
+                else _AutogradProjection(self.head, states, trained)
             )
             loss = hidden.new_zeros((), dtype=torch.float64)
             pieces: list[Record] = []
@@ -117,33 +118,20 @@ class _Job:
             buffers = chunk_buffers(slices, hidden, project.vocabulary)
             for where in slices:
                 logits = project.logits(where, buffers[0])
-                piece, chunk_loss, dlogits = self._chunk(logits, where, buffers[1][: logits.shape[0]])
+                piece, chunk_loss, dlogits = self._chunk(logits, where, buffers[1])
                 pieces.append(piece)
                 if dlogits is not None:
                     loss += chunk_loss
                     project.accumulate(where, dlogits)
         self.record = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]} if pieces else {}
-        return loss.to(torch.promote_types(hidden.dtype, torch.float32)), *project.gradients()
+        grad_hidden, grad_trained = project.gradients()
+        return loss.to(torch.promote_types(hidden.dtype, torch.float32)), grad_hidden.to(hidden.dtype), grad_trained
 
-    def _chunk(self, logits: Tensor, where: slice, probability: Tensor) -> tuple[Record, Tensor | float, Tensor | None]:
-        """Overwrites `logits` and `probability` [c, V]. Returns (record, loss, dlogits or None without credit)."""
-        if self.temperature != 1.0:
-            logits.div_(self.temperature)
+    def _chunk(self, logits: Tensor, where: slice, scratch: Tensor) -> tuple[Record, Tensor | float, Tensor | None]:
+        """Overwrites `logits` [c, V] and `scratch` [r, V]. Returns (record, loss, dlogits or None without credit)."""
         token_ids = self.batch.token_ids[where].unsqueeze(1)
         top_ids = None if self.scores.teacher_topk_ids is None else self.scores.teacher_topk_ids[where]
-        logits.sub_(logits.amax(-1, keepdim=True))
-        sampled = logits.gather(1, token_ids).squeeze(1)
-        top = None if top_ids is None else logits.gather(1, top_ids)
-        full = logits.clone() if self.request.needs.full_distribution else None
-        torch.exp(logits, out=probability)
-        mass = probability.sum(-1)
-        normaliser = mass.log()
-        expected = logits.mul_(probability).sum(-1) / mass
-        current = {"student_logprob": sampled - normaliser, "student_entropy": normaliser - expected}
-        if top is not None:
-            current["student_topk_logprob"] = top - normaliser.unsqueeze(1)
-        if full is not None:
-            current["student_logprobs"] = full.sub_(normaliser.unsqueeze(1))
+        probability, mass, current = self._softmax(logits, scratch, token_ids, top_ids)
         signals = self._signals(current, where)
         record = self._record(signals, current)
         if self.request.credit_of is None:
@@ -162,6 +150,38 @@ class _Job:
             dlogits.scatter_add_(1, top_ids[:, : credit.top_k.shape[1]], (-scale * credit.top_k).to(dlogits.dtype))
         dlogits.scatter_add_(1, token_ids, (-scale * credit_sampled).unsqueeze(1).to(dlogits.dtype))
         return record, loss, dlogits
+
+    def _softmax(
+        self, logits: Tensor, scratch: Tensor, token_ids: Tensor, top_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Record]:
+        """Turns `logits` [c, V] into exp(logit - the row's largest), in place and block by block: all that is done to a
+        block happens while the cache holds it. Returns (that, its sum [c], what the student says of the tokens)."""
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        full = torch.empty_like(logits) if self.request.needs.full_distribution else None
+        sampled, top, mass, expected = [], [], [], []
+        for rows, block, probability in blocks_of(logits, scratch):
+            block.sub_(block.amax(-1, keepdim=True))
+            sampled.append(block.gather(1, token_ids[rows]).squeeze(1))
+            if top_ids is not None:
+                top.append(block.gather(1, top_ids[rows]))
+            if full is not None:
+                full[rows] = block
+            torch.exp(block, out=probability)
+            mass.append(probability.sum(-1))
+            expected.append(block.mul_(probability).sum(-1))
+            block.copy_(probability)
+        total = torch.cat(mass)
+        normaliser = total.log()
+        current = {
+            "student_logprob": torch.cat(sampled) - normaliser,
+            "student_entropy": normaliser - torch.cat(expected) / total,
+        }
+        if top_ids is not None:
+            current["student_topk_logprob"] = torch.cat(top) - normaliser.unsqueeze(1)
+        if full is not None:
+            current["student_logprobs"] = full.sub_(normaliser.unsqueeze(1))
+        return logits, total, current
 
     def _signals(self, current: Record, where: slice) -> Signals:
         """Everything computed, as a strategy reads it: sampled-token quantities from rollout time, the rest current."""
@@ -250,6 +270,13 @@ def credit_record(credit: Credit) -> Record:
     }
 
 
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the head's products: autocast's, as in the model's own forward, or that of the hidden states, which a
+    last norm in float32 hands over in float32 under autocast too."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 def summed_in(parameter: Tensor) -> torch.dtype:
     """The dtype in which a parameter's gradient is summed over chunks: float32 at least."""
     return torch.promote_types(parameter.dtype, torch.float32)
@@ -277,7 +304,8 @@ class _PlainProjection:
         hidden = self.hidden[where]
         if hidden.dtype == self.head.projection.weight.dtype:
             return self.head.logits(hidden, buffer)
-        logits = torch.mm(hidden, self.weight.t()).float()  # autocast: float32 masters, half-precision products
+        # Autocast: float32 masters, half-precision products, all that follows in float32.
+        logits = buffer[: hidden.shape[0]].copy_(torch.mm(hidden, self.weight.t()))
         return logits if self.head.projection.bias is None else logits.add_(self.head.projection.bias.detach())
 
     def accumulate(self, where: slice, dlogits: Tensor) -> None:

@@ -12,7 +12,7 @@ from .data import load_prompts
 from .display import Display
 from .models import LanguageModel
 from .pair import Pair, load_pair
-from .scoring import CHUNK_BYTES
+from .scoring import rows_of_block, rows_of_chunk
 
 #: Tokens of the forward pass that is timed.
 TIMED_TOKENS = 256
@@ -58,11 +58,13 @@ def estimated_cost(config: Config, pair: Pair) -> dict[str, Any]:
     tokens = config.prompts_per_step * config.rollouts_per_prompt * config.max_response_length
     per_token = (4 * seconds_per_forward(pair.student) + seconds_per_forward(pair.teacher)) / TIMED_TOKENS
     pieces = 1 if config.shard == "none" else config.num_processes
+    width, device = pair.student.vocabulary, pair.device
+    chunk_rows = rows_of_chunk(width, device, config.chunk_tokens) + rows_of_block(width, device)
     return {
         "student_bytes": sum(p.numel() * p.element_size() for p in parameters) // pieces,
         "training_bytes": 12 * trained // pieces,
         "teacher_bytes": sum(p.numel() * p.element_size() for p in pair.teacher.model.parameters()) // pieces,
-        "chunk_bytes": 2 * CHUNK_BYTES.get(pair.device.type, CHUNK_BYTES["cuda"]),
+        "chunk_bytes": chunk_rows * width * 4,
         "tokens_per_step": tokens,
         "seconds_per_step": tokens * per_token,
     }

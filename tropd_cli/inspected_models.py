@@ -90,7 +90,7 @@ class ModelInspector:
         self.needs = reduce(Needs.__or__, [one.strategy.needs for one in asked], observed)
         self.pair = load_pair(config, self.needs)
         self.pair.student.model.requires_grad_(False)
-        self.module = CreditLoss(self.pair.student, temperature=config.temperature)
+        self.module = CreditLoss(self.pair.student, temperature=config.temperature, chunk_tokens=config.chunk_tokens)
         self.prompts = self._load_prompts(most_prompts)
         kind = self.pair.device.type
         self.micro_batch_tokens = config.micro_batch_tokens or MICRO_BATCH_TOKENS.get(kind, 4096)
@@ -224,7 +224,7 @@ class ModelInspector:
     def _observe(self, block: Block, rows: list[int]) -> None:
         """One micro-batch: the teacher's scores, then one student forward in which every strategy sees every chunk."""
         c, pair = self.config, self.pair
-        options = ScoringOptions(c.temperature, pair.vocabulary.allowed, rank=True)
+        options = ScoringOptions(c.temperature, pair.vocabulary.allowed, rank=True, chunk_tokens=c.chunk_tokens)
         batch = token_batch(block.rollout, rows, pad_id=pair.vocabulary.pad_id, packed=pair.packs).to(pair.device)
         scores = score_teacher(pair.teacher, batch.to(pair.teacher.device), self.needs, options).to(pair.device)
         if pair.reference is not None:

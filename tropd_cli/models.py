@@ -40,13 +40,16 @@ class Head(nn.Module):
         return type(self.projection) is nn.Linear and self.scale == 1.0 and self.softcap is None
 
     def logits(self, hidden: Tensor, buffer: Tensor | None) -> Tensor:
-        """`forward` without gradient, into the rows of `buffer` ([at least N, V], or None) where the head is plain and
-        not in half precision. The caller may overwrite the result."""
+        """`forward` without gradient, into the rows of `buffer` ([at least N, V] in float32 at least, or None) where the
+        head is plain. The caller may overwrite the result."""
         projection = self.projection
-        if not self.is_plain or buffer is None or hidden.dtype not in (torch.float32, torch.float64):
+        if not self.is_plain or buffer is None:
             return self(hidden)
         assert isinstance(projection, nn.Linear)
-        logits = torch.mm(hidden, projection.weight.detach().t(), out=buffer[: hidden.shape[0]])
+        rows = buffer[: hidden.shape[0]]
+        if hidden.dtype != buffer.dtype:
+            return rows.copy_(projection(hidden))
+        logits = torch.mm(hidden, projection.weight.detach().t(), out=rows)
         return logits if projection.bias is None else logits.add_(projection.bias.detach())
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the frozen models say about a rollout's tokens: nothing more than a strategy declared. No gradient.
 
-Axes: N valid response tokens, K teacher top-k, V vocabulary, c tokens of one chunk. Units: nats.
+Axes: N valid response tokens, K teacher top-k, V vocabulary, c tokens of one chunk, r of one block. Units: nats.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from .batching import TokenBatch
 from .models import Head, LanguageModel
 from .packing import packed_hidden
 
-#: Size of one [c, V] float32 chunk in bytes. On CPUs larger chunks fall out of the cache; on GPUs small ones waste it.
+#: Size of one [c, V] float32 chunk in bytes: what a matrix product makes at once. Small ones waste the processor.
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+#: Size of one [r, V] block of a chunk in bytes, on a CPU per thread: what is worked on between two products. Small enough
+#: for a CPU's cache; on a GPU the whole chunk.
+BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": CHUNK_BYTES["cuda"]}
 
 
 @dataclass
@@ -55,18 +58,38 @@ class ScoringOptions:
     chunk_tokens: int | None = None
 
 
+def rows_of_chunk(vocabulary: int, device: torch.device, chunk_tokens: int | None = None) -> int:
+    """Tokens whose [c, V] float32 logits stay within the budget of the device, or as many as `chunk_tokens` says."""
+    return chunk_tokens or max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+
+
+def rows_of_block(vocabulary: int, device: torch.device) -> int:
+    """Tokens that are worked on at once between two products."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return threads * max(1, BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // (4 * vocabulary))
+
+
 def chunk_slices(count: int, vocabulary: int, device: torch.device, chunk_tokens: int | None = None) -> Iterator[slice]:
-    """Cuts N tokens into chunks whose [c, V] float32 logits stay within the budget of the device."""
-    size = chunk_tokens or max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+    """Cuts N tokens into chunks."""
+    size = rows_of_chunk(vocabulary, device, chunk_tokens)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 def chunk_buffers(slices: list[slice], hidden: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Two [c, V] tensors of the largest chunk, used again for every chunk: fresh ones cost page faults on a CPU."""
-    rows = max((where.stop - where.start for where in slices), default=0)
+    """A [c, V] tensor of the largest chunk and a [r, V] one of a block, used again for every chunk: fresh ones cost page
+    faults on a CPU."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty((rows, vocabulary), dtype=dtype), hidden.new_empty((rows, vocabulary), dtype=dtype)
+    chunk = max((where.stop - where.start for where in slices), default=0)
+    block = min(chunk, rows_of_block(vocabulary, hidden.device))
+    return hidden.new_empty((chunk, vocabulary), dtype=dtype), hidden.new_empty((block, vocabulary), dtype=dtype)
+
+
+def blocks_of(chunk: Tensor, scratch: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, those rows of the chunk, as many rows of scratch) from top to bottom."""
+    for start in range(0, len(chunk), max(1, len(scratch))):
+        rows = slice(start, min(start + len(scratch), len(chunk)))
+        yield rows, chunk[rows], scratch[: rows.stop - rows.start]
 
 
 def response_hidden(language_model: LanguageModel, batch: TokenBatch, *, as_teacher: bool = False) -> Tensor:
@@ -102,25 +125,26 @@ def score_teacher(teacher: LanguageModel, batch: TokenBatch, needs: Needs, optio
     slices = list(chunk_slices(len(batch), teacher.vocabulary, hidden.device, options.chunk_tokens))
     buffers = chunk_buffers(slices, hidden, teacher.vocabulary)
     for where in slices:
-        logits = head.logits(hidden[where], buffers[0])
+        chunk = head.logits(hidden[where], buffers[0])
         if options.temperature != 1.0:
-            logits.div_(options.temperature)
-        logits.sub_(logits.amax(-1, keepdim=True))
-        sampled = logits.gather(1, batch.token_ids[where].unsqueeze(1))
-        probability = torch.exp(logits, out=buffers[1][: logits.shape[0]])
-        mass = probability.sum(-1, keepdim=True)
-        normaliser = mass.log()
-        keep("teacher_logprob", (sampled - normaliser).squeeze(1))
-        if needs.teacher_entropy:
-            keep("teacher_entropy", (normaliser - probability.mul_(logits).sum(-1, keepdim=True) / mass).squeeze(1))
-        if options.rank:
-            keep("teacher_rank", (logits > sampled).sum(-1, dtype=torch.int32))  # int64 would double the chunk
-        if k:
-            if forbidden is not None:
-                logits.masked_fill_(forbidden, -torch.inf)
-            values, ids = logits.topk(k, dim=-1)
-            keep("teacher_topk_logprob", values - normaliser)
-            keep("teacher_topk_ids", ids)
+            chunk.div_(options.temperature)
+        for rows, logits, scratch in blocks_of(chunk, buffers[1]):
+            logits.sub_(logits.amax(-1, keepdim=True))
+            sampled = logits.gather(1, batch.token_ids[where][rows].unsqueeze(1))
+            probability = torch.exp(logits, out=scratch)
+            mass = probability.sum(-1, keepdim=True)
+            normaliser = mass.log()
+            keep("teacher_logprob", (sampled - normaliser).squeeze(1))
+            if needs.teacher_entropy:
+                keep("teacher_entropy", (normaliser - probability.mul_(logits).sum(-1, keepdim=True) / mass).squeeze(1))
+            if options.rank:
+                keep("teacher_rank", (logits > sampled).sum(-1, dtype=torch.int32))  # int64 would double the block
+            if k:
+                if forbidden is not None:
+                    logits.masked_fill_(forbidden, -torch.inf)
+                values, ids = logits.topk(k, dim=-1)
+                keep("teacher_topk_logprob", values - normaliser)
+                keep("teacher_topk_ids", ids)
     if not len(batch):
         return _empty_scores(needs, k, hidden)
     scores = Scores(**{name: torch.cat(values) for name, values in parts.items()})

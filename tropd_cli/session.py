@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .export import save_student, student_weights
 from .health import Health
 from .heldout import HeldOut, forward_kl_on_teacher_text, measure
 from .judging import judge_for
+from .offload import Offload, check_offload
 from .pair import load_pair
 from .prefixes import TeacherPrefixes
 from .processes import Watch
@@ -50,12 +51,18 @@ class Training:
         self.config, self.run, self.display, self.accelerator = config, run, display, accelerator
         self.strategy = build_strategy(config)
         self.needs = self.strategy.needs | Needs(teacher_logprob=True, student_entropy=True)
+        if config.teacher_offload:
+            check_offload(config, self.needs)
         shards = make_shards(config, accelerator)
         with one_at_a_time(accelerator) if shards else nullcontext():
             self.pair = load_pair(config, self.needs, shards)
-            self.module = CreditLoss(self.pair.student, temperature=config.temperature)
+            self.module = CreditLoss(
+                self.pair.student, temperature=config.temperature, chunk_tokens=config.chunk_tokens
+            )
             if shards:
                 shard_student(self.module, self.pair.student, shards)
+        frozen = [model for model in (self.pair.teacher, self.pair.reference) if model]
+        self.offload = Offload(frozen) if config.teacher_offload else None
         self.standard_input = sys.stdin.read() if config.data == "-" else None
         self.prompts = self._load(config.data)
         wanted = config.steps * config.prompts_per_step // config.updates_per_rollout
@@ -101,6 +108,10 @@ class Training:
         self.first_evaluation: dict[str, Any] = {}
         self.last_metrics: dict[str, Any] = {}
 
+    def frozen_models(self) -> AbstractContextManager[None]:
+        """While teacher and reference are at work."""
+        return self.offload.at_work() if self.offload else nullcontext()
+
     def _load(self, source: str | None) -> list[Prompt]:
         assert source is not None
         prompts, problems = load_prompts(
@@ -140,7 +151,8 @@ def probe(t: Training) -> dict[str, Any]:
         return {}
     chosen = prompts_of_step(len(t.prompts), min(count, len(t.prompts)), 0, t.config.seed)
     task = _task(t, [t.prompts[index] for index in chosen], samples=t.config.rollouts_per_prompt)
-    result = measure(t.pair, t.generator("probe"), task)
+    with t.frozen_models():
+        result = measure(t.pair, t.generator("probe"), task)
     if result["acceptance"] > 0.99 and result["reverse_kl"] < 1e-3:
         t.display.warn(
             f"teacher and student agree before training (KL {result['reverse_kl']:.2g} nats, acceptance "
@@ -156,9 +168,10 @@ def evaluate(t: Training) -> dict[str, Any]:
         return {}
     t.watch.beat(f"evaluating after step {t.completed}")
     task = _task(t, t.heldout_prompts, samples=t.config.eval_samples)
-    result = measure(t.pair, t.generator("evaluation"), task)
-    responses = heldout_responses(t, task)
-    result["forward_kl"] = forward_kl_on_teacher_text(t.pair, responses, task)
+    with t.frozen_models():
+        result = measure(t.pair, t.generator("evaluation"), task)
+        responses = heldout_responses(t, task)
+        result["forward_kl"] = forward_kl_on_teacher_text(t.pair, responses, task)
     numbers = {f"eval_{name}": value for name, value in result.items()}
     t.first_evaluation = t.first_evaluation or numbers
     t.best = held_out_score(numbers) if t.best is None else t.best  # best/ has to beat the student as it was

@@ -150,12 +150,19 @@ def score(t: Training, rollout: Rollout, token_budget: int) -> ScoredRollout:
     plan = levelled(plan_micro_batches(row_lengths(rollout), token_budget, packed=t.pair.packs))
     recorded = is_recorded(t)
     observed = Needs(teacher_entropy=True, teacher_top_k=t.config.record.top_k) if recorded else Needs()
-    options = ScoringOptions(t.config.temperature, t.pair.vocabulary.allowed, rank=recorded)
+    options = ScoringOptions(
+        t.config.temperature, t.pair.vocabulary.allowed, rank=recorded, chunk_tokens=t.config.chunk_tokens
+    )
     batches = [
         token_batch(rollout, rows, pad_id=t.pair.vocabulary.pad_id, packed=t.pair.packs).to(t.pair.device)
         for rows in plan
     ]
-    scores = in_step(lambda: [score_batch(t, batch, t.needs | observed, options) for batch in batches], exchange_of(t))
+
+    def all_scores() -> list[Scores]:
+        with t.frozen_models():
+            return [score_batch(t, batch, t.needs | observed, options) for batch in batches]
+
+    scores = in_step(all_scores, exchange_of(t))
     seconds = {"seconds_teacher": time.perf_counter() - started}
     return ScoredRollout(rollout, batches, scores, token_budget, 0, seconds, recorded)
 

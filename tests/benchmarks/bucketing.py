@@ -3,18 +3,22 @@
     python -m tests.benchmarks.bucketing
 
 A model of 135M weights' shape; lengths drawn evenly between two bounds, in arrival order; both ways compute the same loss
-of the same tokens. Tokens are response tokens: padding counts for nothing, and so only costs.
+of the same tokens. Tokens are response tokens: padding counts for nothing, and so only costs. What the ways give is compared
+as well: log-probabilities of the tokens in nats, loss and gradient relative to sum |credit x log q| / N.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.tiny import random_rollout
 from tropd_cli.rollout import Rollout
@@ -33,18 +37,38 @@ def plans(rollout: Rollout, token_budget: int) -> dict[str, Plan]:
     }
 
 
-def score_and_update(engine: Engine, rollout: Rollout, plan: Plan) -> Callable[[], float]:
-    """One pass over the rollout; returns the loss."""
+@dataclass(frozen=True)
+class Outcome:
+    """What one pass over a rollout gives. logprob [N] in row order; scale: sum |credit x log q| / N; gradient:
+    of every weight."""
+
+    loss: float
+    scale: float
+    logprob: Tensor
+    gradient: list[Tensor]
+
+    def gaps(self, other: Outcome) -> dict[str, float]:
+        """Largest differences from another way to compute the same."""
+        gradient = max(float((a - b).abs().max()) for a, b in zip(self.gradient, other.gradient, strict=True))
+        return {
+            "logprob_gap": float((self.logprob - other.logprob).abs().max()),
+            "loss_gap": abs(self.loss - other.loss) / other.scale,
+            "gradient_gap": gradient / other.scale,
+        }
+
+
+def score_and_update(engine: Engine, rollout: Rollout, plan: Plan) -> Outcome:
+    """One pass over the rollout; the gradient is left in the weights, too."""
     tokens = int(rollout.mask.sum())
-
-    def action() -> float:
-        loss = 0.0
-        for batch in plan.batches(rollout, engine.student.device):
-            loss += float(engine.update(batch, engine.score(batch), tokens).detach())
-        engine.forget_gradient()
-        return loss
-
-    return action
+    loss, scale = 0.0, 0.0
+    logprob = torch.zeros(rollout.mask.shape)
+    for batch in plan.batches(rollout, engine.student.device):
+        batch_loss, record = engine.update(batch, engine.score(batch), tokens)
+        loss += float(batch_loss)
+        scale += float((record["credit_absolute"] * record["student_logprob"].abs()).sum()) / tokens
+        logprob[batch.row, batch.position] = record["student_logprob"].float()
+    gradient = [p.grad for p in engine.student.model.parameters() if p.grad is not None]
+    return Outcome(loss, scale, logprob[rollout.mask], gradient)
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -53,11 +77,16 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     lengths = [draw.randint(*args.lengths) for _ in range(args.rows)]
     rollout = random_rollout(lengths, vocabulary=engine.student.vocabulary)
     found = plans(rollout, args.token_budget)
-    actions = [score_and_update(engine, rollout, plan) for plan in found.values()]
+    outcomes: dict[str, Outcome] = {}
+
+    def action(name: str) -> None:
+        engine.forget_gradient()
+        outcomes[name] = score_and_update(engine, rollout, found[name])
+
     warm = random_rollout([8], vocabulary=engine.student.vocabulary)
-    score_and_update(engine, warm, Plan([[0]]))()
-    seconds = alternating(actions, args.repeats)
-    tokens = sum(lengths)
+    score_and_update(engine, warm, Plan([[0]]))
+    seconds = alternating([functools.partial(action, name) for name in found], args.repeats)
+    tokens, first = sum(lengths), next(iter(found))
     for (name, plan), taken in zip(found.items(), seconds, strict=True):
         yield {
             "plan": name,
@@ -70,6 +99,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "cpu_seconds": taken,
             "tokens_per_cpu_second": tokens / taken,
             "speed_up": seconds[0] / taken,
+            **outcomes[name].gaps(outcomes[first]),
         }
 
 

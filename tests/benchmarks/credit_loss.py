@@ -5,7 +5,8 @@
 
 Teacher scores with the strategy's top-k, and the student's loss and gradient, from hidden states that are given: no backbone.
 The limit is the time of the products nobody can avoid: one for the teacher's logits, three for the student (logits,
-gradient of the hidden states, gradient of the weight). A case of more than LARGE tokens is timed once.
+gradient of the hidden states, gradient of the weight), in chunks of that number of rows which is fastest here out of
+BARE_CHUNKS. A case of more than LARGE tokens is timed once.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from tropd_cli.batching import TokenBatch
 from tropd_cli.models import Head
 
 from .engine import Engine, equal_rows
-from .process import RESULTS, alternating, write_results
+from .process import RESULTS, alternating, cpu_seconds, write_results
 
 LARGE = 4096  #: tokens
 
-#: Rows of the bare products' logits: small enough for a CPU's cache, large enough for a GPU to be busy.
-BARE_CHUNK = {"cpu": 64, "cuda": 1024}
+#: Rows of the bare products' logits: few stay in a CPU's cache, many keep the threads or the GPU busy.
+BARE_CHUNKS = (64, 256, 512, 1024, 2048)
 
 
 @dataclass
@@ -102,14 +103,12 @@ def ours(heads: Heads, strategy: str) -> Callable[[], None]:
     return action
 
 
-def bare(heads: Heads) -> Callable[[], None]:
-    """The four products, chunk by chunk, and nothing else."""
-    device = heads.student_hidden.device
-    chunk = BARE_CHUNK[device.type]
+def bare(heads: Heads, chunk: int, most: int | None = None) -> Callable[[], None]:
+    """The four products, `chunk` rows of logits at a time, and nothing else; of the first `most` tokens."""
 
     @torch.no_grad()
     def action() -> None:
-        student, teacher = heads.used(heads.student_hidden).to(heads.compute), heads.used(heads.teacher_hidden)
+        student, teacher = heads.used(heads.student_hidden)[:most].to(heads.compute), heads.used(heads.teacher_hidden)
         weight, teacher_weight = heads.student_head.weight.to(heads.compute), heads.teacher_head.weight
         logits = student.new_empty(chunk, weight.shape[0])
         gradient = torch.zeros_like(weight)
@@ -122,6 +121,17 @@ def bare(heads: Heads) -> Callable[[], None]:
             gradient.addmm_(out.t(), h)
 
     return action
+
+
+def fastest_bare(
+    heads: Heads, seconds_of: Callable[[Callable[[], object]], float] = cpu_seconds
+) -> tuple[int, Callable[[], None]]:
+    """(chunk, action) of the limit: each chunk is tried once on some of the tokens, after one whose time does not count,
+    for the first products of a process are slow. `seconds_of`: what measures."""
+    candidates = {chunk: bare(heads, chunk, BARE_CHUNKS[-1]) for chunk in BARE_CHUNKS}
+    candidates[BARE_CHUNKS[0]]()
+    chunk = min(candidates, key=lambda size: seconds_of(candidates[size]))
+    return chunk, bare(heads, chunk)
 
 
 def full(heads: Heads, top_k: int) -> Callable[[], None]:
@@ -144,8 +154,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for count in args.tokens:
             heads = random_heads(count, vocabulary, args.hidden)
             repeats = 1 if count > LARGE else args.repeats
-            actions = [ours(heads, args.strategy), bare(heads)]
-            actions[1]()  # the first products of a process are slow
+            chunk, limit_action = fastest_bare(heads)
+            actions = [ours(heads, args.strategy), limit_action]
             seconds, limit = alternating(actions, repeats)
             yield {
                 "tokens": count,
@@ -156,6 +166,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "repeats": repeats,
                 "cpu_seconds": seconds,
                 "bare_cpu_seconds": limit,
+                "bare_chunk": chunk,
                 "fraction_of_limit": limit / seconds,
                 "peak_bytes": allocations(actions[0]).peak,
                 "weight_bytes": vocabulary * args.hidden * 4,

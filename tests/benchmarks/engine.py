@@ -11,7 +11,7 @@ import torch
 from strategies import STRATEGIES, Needs, Strategy
 from tests.tiny import random_rollout
 from tropd_cli.batching import TokenBatch, plan_micro_batches, row_lengths, token_batch
-from tropd_cli.credit_loss import CreditLoss, CreditRequest
+from tropd_cli.credit_loss import CreditLoss, CreditRequest, Record
 from tropd_cli.crediting import region_uniforms, token_credit
 from tropd_cli.models import LanguageModel
 from tropd_cli.packing import enable_packing
@@ -41,18 +41,18 @@ class Engine:
     def score(self, batch: TokenBatch) -> Scores:
         return score_teacher(self.teacher, batch, self.needs, self.options)
 
-    def update(self, batch: TokenBatch, scores: Scores, tokens: int) -> torch.Tensor:
-        """Loss and gradient of one micro-batch out of `tokens` response tokens."""
+    def update(self, batch: TokenBatch, scores: Scores, tokens: int) -> tuple[torch.Tensor, Record]:
+        """Loss, record and (in the weights) gradient of one micro-batch out of `tokens` response tokens."""
         credit_of = token_credit(self.strategy, 0.001)
         request = CreditRequest(self.needs, credit_of, tokens, uniforms=region_uniforms(0, batch))
         with self.context():
-            loss, _ = self.module(batch, scores, request)
+            loss, record = self.module(batch, scores, request)
         loss.backward()
-        return loss
+        return loss.detach(), record
 
     def score_and_update(self, batch: TokenBatch) -> torch.Tensor:
-        """Both for a single micro-batch."""
-        return self.update(batch, self.score(batch), len(batch))
+        """Both for a single micro-batch. Returns the loss."""
+        return self.update(batch, self.score(batch), len(batch))[0]
 
     def forget_gradient(self) -> None:
         self.student.model.zero_grad(set_to_none=True)

@@ -79,9 +79,13 @@ def step(document: Document, images: Path) -> str:
 
 def bucketing(document: Document, images: Path) -> str:
     cases = document["cases"]
+    gaps = ("logprob_gap", "loss_gap", "gradient_gap")
     rows = [
-        [c["plan"], str(c["micro_batches"]), f"{c['tokens_per_cpu_second']:.0f}", f"{c['speed_up']:.2f}"] for c in cases
+        [c["plan"], str(c["micro_batches"]), f"{c['tokens_per_cpu_second']:.0f}", f"{c['speed_up']:.2f}"]
+        + [f"{c[gap]:.1e}" if c[gap] else "–" for gap in gaps]
+        for c in cases
     ]
+    heading = ["micro-batches", "how many", "tokens per CPU-second", "times as fast", "log-prob", "loss", "gradient"]
     speed = {"": [c["tokens_per_cpu_second"] for c in cases]}
     bars(
         images / "bench-micro-batches.png", [c["plan"] for c in cases], speed, "tokens per CPU-second", "Score + update"
@@ -91,8 +95,9 @@ def bucketing(document: Document, images: Path) -> str:
         "### Micro-batches\n\n"
         f"Score and update of {first['rows']} responses, {first['tokens']:,} tokens, random weights of the 135M shape "
         f"({first['layers']} layers), at most {first['token_budget']:,} tokens in a micro-batch; against one padded batch in "
-        "arrival order.\n\n"
-        f"{table(['micro-batches', 'how many', 'tokens per CPU-second', 'times as fast'], rows)}\n\n"
+        "arrival order. The last three columns: largest differences from that batch in float32, of log-probabilities in nats, "
+        "of loss and gradient relative to sum |credit x log q| / N.\n\n"
+        f"{table(heading, rows)}\n\n"
         "![Tokens per CPU-second](images/bench-micro-batches.png)"
     )
 
@@ -129,16 +134,82 @@ def growth(document: Document, images: Path) -> str:
     )
 
 
-PARTS: dict[str, Callable[[Document, Path], str]] = {"step": step, "bucketing": bucketing, "growth": growth}
+def credit_loss(document: Document, images: Path) -> str:
+    cases = document["cases"]
+    rows = [
+        [
+            f"{c['vocabulary']:,}", f"{c['tokens']:,}", f"{c['cpu_seconds']:.2f}", f"{c['bare_cpu_seconds']:.2f}",
+            str(c["bare_chunk"]), f"{c['fraction_of_limit']:.2f}", *mebibytes(c, "peak_bytes", "logits_bytes"),
+        ]
+        for c in cases
+    ]  # fmt: skip
+    tokens = sorted({c["tokens"] for c in cases})
+    vocabularies = sorted({c["vocabulary"] for c in cases})
+    found = {(c["vocabulary"], c["tokens"]): c["fraction_of_limit"] for c in cases}
+    series = {f"V = {v:,}": [found.get((v, n), 0.0) for n in tokens] for v in vocabularies}
+    bars(
+        images / "bench-credit-loss.png", [f"{n:,}" for n in tokens], series, "fraction of the limit",
+        "Credit loss: time of the four bare products / time taken, by response tokens",
+    )  # fmt: skip
+    heading = ["vocabulary", "tokens", "CPU-s", "four products, CPU-s", "in chunks of", "fraction of the limit"]
+    return (
+        "### Credit loss beside the bare matrix products\n\n"
+        f"Teacher scores with top-k, the student's loss and gradient, from given hidden states of {cases[0]['hidden']} "
+        f"numbers; float32, {cases[0]['threads']} threads, strategy `{cases[0]['strategy']}`; median of {cases[0]['repeats']} "
+        f"alternating runs, one run beyond 4,096 tokens. The limit: one product for the teacher's logits and three for the "
+        "student, in chunks of the fastest size out of five. Peak: of tensor allocations through backward, the gradient "
+        "of the head among them.\n\n"
+        f"{table([*heading, 'peak, MiB', 'one [N, V] tensor, MiB'], rows)}\n\n"
+        "![Fraction of the limit](images/bench-credit-loss.png)"
+    )
 
 
-def generic(name: str, document: Document) -> str:
-    """The numbers of a benchmark that has no part of its own, as they are."""
-    cases = [{k: v for k, v in case.items() if not isinstance(v, (dict, list))} for case in document["cases"]]
-    keys = list(dict.fromkeys(key for case in cases for key in case))
-    show = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
-    rows = [[show(case.get(key, "–")) for key in keys] for case in cases]
-    return f"### {name.replace('_', ' ').capitalize()}\n\n{table([key.replace('_', ' ') for key in keys], rows)}"
+def rollout(document: Document, images: Path) -> str:
+    cases = document["cases"]
+    rows = [
+        [
+            c["case"], f"{c['rows'] // c['samples']} x {c['samples']}", str(c["prompt"]), f"{c['tokens']:,}",
+            f"{c['plain_tokens_per_cpu_second']:.0f}", f"{c['tokens_per_cpu_second']:.0f}", f"{c['speed_up']:.2f}",
+        ]
+        for c in cases
+    ]  # fmt: skip
+    series = {
+        "plain generate": [c["plain_tokens_per_cpu_second"] for c in cases],
+        "ours": [c["tokens_per_cpu_second"] for c in cases],
+    }
+    bars(images / "bench-rollout.png", [c["case"] for c in cases], series, "tokens per CPU-second", "Rollout")
+    first = cases[0]
+    heading = ["case", "prompts x samples", "prompt", "tokens kept", "plain, tokens/CPU-s", "ours", "times as fast"]
+    return (
+        "### Rollout beside plain `generate`\n\n"
+        f"A random Qwen2 model, vocabulary {first['vocabulary']:,}, hidden {first['hidden']}, {first['layers']} layers; "
+        f"at most {first['longest']} tokens a response, {first['threads']} threads. Both sample at temperature 1 from the "
+        "whole vocabulary. Plain `generate` has one limit for all rows; what it writes beyond a row's own is not "
+        f"counted.\n\n{table(heading, rows)}\n\n![Tokens per CPU-second](images/bench-rollout.png)"
+    )
+
+
+def gpu(document: Document, images: Path) -> str:
+    """Of one device, which is named; no picture, since its parts have nothing in common but that."""
+    show = lambda value, form: "–" if value is None else format(value, form)  # noqa: E731
+    rows = []
+    for case in document["cases"]:
+        stages = [("", case)] if "seconds" in case else [(f" {name}", case[name]) for name in ("score", "update")]
+        for name, found in stages:
+            who = case.get("who", "ours") + (", out of memory" if case.get("out_of_memory") else "")
+            size = case.get("tokens") or case["rows"] * case["length"]
+            seconds, peak = show(found["seconds"], ".2f"), found["peak_bytes"]
+            gibi = show(None if peak is None else peak / 2**30, ".1f")
+            rate, mfu = show(found.get("tokens_per_second"), ",.0f"), show(found.get("mfu"), ".0%")
+            rows.append([case["part"] + name, who, f"{size:,}", seconds, gibi, rate, mfu])
+    heading = ["part", "who", "tokens", "seconds", "peak, GiB", "tokens/s", "MFU"]
+    return f"### On a GPU\n\n{document['environment']['device']}.\n\n{table(heading, rows)}"
+
+
+#: In the order of the page.
+PARTS: dict[str, Callable[[Document, Path], str]] = {
+    "step": step, "credit_loss": credit_loss, "rollout": rollout, "bucketing": bucketing, "growth": growth, "gpu": gpu,
+}  # fmt: skip
 
 
 def command(document: Document) -> str:
@@ -162,10 +233,10 @@ def main(
     images = page.parent / "images"
     images.mkdir(exist_ok=True)
     parts = []
-    for path in sorted(results.glob("*.json"), key=lambda p: ([*list(PARTS), p.stem]).index(p.stem)):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        part = PARTS[path.stem](document, images) if path.stem in PARTS else generic(path.stem, document)
-        parts.append(f"{part}\n\n    {command(document)}")
+    for name, part in PARTS.items():
+        if (path := results / f"{name}.json").is_file():
+            document = json.loads(path.read_text(encoding="utf-8"))
+            parts.append(f"{part(document, images)}\n\n    {command(document)}")
     write_page(page, "speed", "\n\n".join(parts))
     typer.echo(str(page))
 

@@ -100,7 +100,7 @@ def _summary_numbers(summary: dict[str, Any]) -> dict[str, Any]:
     """What the page does not count itself."""
     names = (
         "acceptance", "log_ratio", "reverse_kl", "forward_kl", "forward_kl_method", "student_entropy",
-        "teacher_entropy", "outlier_credit_share", "repetition", "response_length", "finish", "advice",
+        "teacher_entropy", "outlier_credit_share", "wanted_logprob", "repetition", "response_length", "finish", "advice",
     )  # fmt: skip
     return {name: summary[name] for name in names}
 

@@ -182,6 +182,7 @@ def _numbers(summary: dict[str, Any]) -> Table:
         ("outliers", f"{_percent(summary['outlier_share'])} of the student's tokens; by tenth of the response:"),
         ("", f"{_sparks(tenths)}   {' '.join('–' if share is None else f'{share:.0%}' for share in tenths)}"),
         ("|credit|", f"{_percent(summary['outlier_credit_share'])} carried by outliers"),
+        ("wanted", _wanted(summary["wanted_logprob"])),
         ("length", f"mean {_one(length['mean'])}, {length['min']} to {length['max']} tokens; {ends}"),
         ("repetition", f"{_percent(summary['repetition'])} of the 4-grams occurred before in their response"),
     ]
@@ -192,6 +193,12 @@ def _numbers(summary: dict[str, Any]) -> Table:
     for label, value in rows:
         table.add_row(Text(label), Text(value))
     return table
+
+
+def _wanted(logprob: float | None) -> str:
+    if logprob is None:
+        return "–"
+    return f"{_nats(logprob)} nats: student's median for the teacher's choice at outliers"
 
 
 def _forward_kl(summary: dict[str, Any]) -> str:
