@@ -94,6 +94,7 @@ def _run(function: Callable[[], int | None], environment: dict[str, str], log: P
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        faulthandler.enable(file=handle)  # a segmentation fault has no other words
         faulthandler.register(signal.SIGUSR1, file=handle)
         code = function() or 0
     except SystemExit as error:

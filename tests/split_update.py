@@ -113,7 +113,7 @@ def training(name: str, *, lora: bool, folder: Path, kind: str = "llama", shard:
     return SimpleNamespace(
         config=config, strategy=strategy, needs=strategy.needs | Needs(teacher_logprob=True, student_entropy=True),
         pair=pair, module=module, wrapped=wrapped, optimizer=optimizer, parameters=parameters, accelerator=accelerator,
-        display=Display(active=False), watch=Watch(folder, 0, 1, timeout=60.0, advice=""),
+        display=Display(active=False), watch=Watch(folder, 0, 1, timeout=60.0, advice=""), frozen_models=contextlib.nullcontext,
         completed=0, skipped=0, skipped_in_a_row=0, micro_batch_tokens=0,
     )  # fmt: skip
 

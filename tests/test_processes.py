@@ -47,7 +47,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if script.returncode is None:
             os.killpg(script.pid, signal.SIGKILL)  # the processes it has forked, too
     if script.returncode != 0:
-        pytest.fail(what_failed(folder, script.returncode), pytrace=False)
+        pytest.fail(what_failed(folder, script.returncode))
     return folder
 
 
