@@ -21,6 +21,12 @@ from .tiny import full_logits, reference_loss
 VOCABULARY = 151_936
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that even a short batch fills, so that a chunk is as large for twice the tokens or the vocabulary."""
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 64 * 2**20)
+
+
 def small_engine(vocabulary: int, strategy: str = "trust-region") -> Engine:
     return Engine(*random_pair(qwen2(vocabulary, hidden=32, layers=1)), strategy)
 
@@ -57,12 +63,14 @@ def test_full_distributions_stay_inside_the_chunk() -> None:
     assert allocations(lambda: engine.score_and_update(batch)).largest(apart_from=weights) <= CHUNK_BYTES["cpu"]
 
 
+@pytest.mark.usefixtures("small_chunks")
 def test_growth_with_vocabulary_is_under_two_percent_of_the_logits() -> None:
     """As much for doubling it. The chunks get fewer rows, and nothing else has the vocabulary's length but weights."""
     cases = list(with_vocabulary([VOCABULARY // 2, VOCABULARY], rows=2, length=256, hidden=32, layers=1))
     assert cases[1]["share_of_logits"] < 0.02
 
 
+@pytest.mark.usefixtures("small_chunks")
 def test_growth_with_length_is_that_of_the_backbone_activations() -> None:
     """Twice the tokens, both more than a chunk holds: only what the backbone keeps for its backward pass grows."""
     engine = with_packing(Engine(*random_pair(qwen2(32_768, hidden=128, layers=3))))

@@ -18,10 +18,10 @@ from .models import Head, LanguageModel
 from .packing import packed_hidden
 
 #: Size of one [c, V] float32 chunk in bytes: what a matrix product makes at once. Small ones waste the processor.
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 512 * 2**20}
 #: Size of one [r, V] block of a chunk in bytes, on a CPU per thread: what is worked on between two products. Small enough
 #: for a CPU's cache; on a GPU the whole chunk.
-BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": CHUNK_BYTES["cuda"]}
+BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": CHUNK_BYTES["cuda"]}
 
 
 @dataclass
