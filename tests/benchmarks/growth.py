@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[37_984, 75_968, 151_936])
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=256)
