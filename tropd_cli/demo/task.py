@@ -50,13 +50,14 @@ WORDS = (
 MARKS = (",", ";", ".", ":", "?")
 
 
-def problems(split: str, count: int, seed: int) -> list[dict[str, str]]:
+def problems(split: str, count: int, seed: int, operations: int = OPERATIONS) -> list[dict[str, str]]:
     """Draw `count` different problems of a split, always the same ones for the same seed.
 
     Args:
         split: "train" or "heldout"; the two share no problem, whatever the seeds.
         count: how many.
         seed: which ones.
+        operations: sums and differences in a chain.
 
     Returns:
         Rows with `prompt`, `response` (the worked solution in the teacher's words) and `answer` (two digits).
@@ -65,7 +66,7 @@ def problems(split: str, count: int, seed: int) -> list[dict[str, str]]:
         ValueError: the split is neither of the two.
     """
     rows: dict[str, dict[str, str]] = {}
-    for numbers in stream(split, seed):
+    for numbers in stream(split, seed, operations):
         if len(rows) >= count:
             break
         answer = f"{sum(numbers) % MODULUS:02d}"
@@ -77,13 +78,13 @@ def problems(split: str, count: int, seed: int) -> list[dict[str, str]]:
     return list(rows.values())
 
 
-def stream(split: str, seed: int) -> Iterator[list[int]]:
+def stream(split: str, seed: int, operations: int = OPERATIONS) -> Iterator[list[int]]:
     """Yield the signed operands of one problem of the split after another, without end; a repeat is rare."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, allowed: {', '.join(SPLITS)}")
     draw = random.Random(f"{split}/{seed}")
     while True:
-        operands = [draw.randrange(10, MODULUS) for _ in range(OPERATIONS + 1)]
+        operands = [draw.randrange(10, MODULUS) for _ in range(operations + 1)]
         numbers = operands[:1] + [draw.choice((1, -1)) * operand for operand in operands[1:]]
         if split_of(question(numbers)) == split:
             yield numbers
