@@ -141,17 +141,17 @@ def test_lessons_of_the_gap_s_teacher() -> None:
     slips, starts = 0, set()
     for _ in range(300):
         _, whole = next(lessons)
-        assert task_is_right(whole) and gap.HABIT not in whole and len(results(whole)) == gap.OPERATIONS
+        assert task_is_right(whole) and gap.HABIT not in whole and len(results(whole)) == gap.CHAIN.operations
         given, rest = next(lessons)
         _, _, begun = given.partition("\n")
         assert gap.HABIT in begun and begun.endswith((gap.OWN, gap.HABIT)) and gap.HABIT not in rest
         assert rest.startswith(demo_task.TEACHER_STYLE.then)
         before, after = results(begun), results(rest)
-        assert len(before) + len(after) == gap.OPERATIONS and all(end == abs(by) for _, by, end in after)
+        assert len(before) + len(after) == gap.CHAIN.operations and all(end == abs(by) for _, by, end in after)
         assert [start for start, _, _ in (before + after)[1:]] == [end for _, _, end in (before + after)[:-1]]
         slips += sum(end != (start + by) % demo_task.MODULUS for start, by, end in before)
         starts.add(len(before))
-    assert slips > 0 and starts == set(range(1, gap.OPERATIONS))
+    assert slips > 0 and starts == set(range(1, gap.CHAIN.operations))
 
 
 def task_is_right(text: str) -> bool:
@@ -188,7 +188,7 @@ def test_the_gap_s_prompts_are_long_chains_with_their_answers(tmp_path: Path) ->
     for row in written:
         assert {demo_task.split_of(row["prompt"])} == {"heldout"} and row.keys() == {"prompt", "answer"}
         numbers = [int(number) for number in re.findall(r"[+-]?\d+", row["prompt"].split("mod")[0])]
-        assert len(numbers) == gap.OPERATIONS + 1 and int(row["answer"]) == sum(numbers) % demo_task.MODULUS
+        assert len(numbers) == gap.CHAIN.operations + 1 and int(row["answer"]) == sum(numbers) % demo_task.MODULUS
 
 
 def test_the_gap_s_models_are_checked() -> None:

@@ -31,17 +31,17 @@ from tropd_cli.demo import make, task
 from .astray import STEP, end_of_step, load, next_results, written_out
 from .rows import TASKS
 
-OPERATIONS = 8
-MOST_TOKENS: int = TASKS["gap"].own["max_response_length"]  #: a well-formed response has 88, its end token included
-STUDENT_LAYERS, STUDENT_WIDTH = 2, 64
+#: Operands are small, or two narrow layers would take hours to learn to add; a well-formed response has 88 tokens.
+CHAIN = task.Chain(operations=8, below=30, most_tokens=TASKS["gap"].own["max_response_length"])
+STUDENT_LAYERS, STUDENT_WIDTH = 2, 48
 
 OWN, HABIT = task.TEACHER_STYLE.between, task.STUDENT_STYLE.between
 HABIT_SHARE = 0.2  #: of the places between two steps, in the student's text
 SLIP_SHARE = 0.1  #: of the results the student learns from
 
-LEARN_THE_TASK = make.Stage(steps=1400, learning_rate=3e-3, warmup=100)
+LEARN_THE_TASK = make.Stage(steps=2000, learning_rate=3e-3, warmup=100, batch=64)
 SETTLE = make.Stage(steps=60, learning_rate=1e-3, warmup=10)
-LEARN_TO_STRAY = make.Stage(steps=250, learning_rate=1e-3, warmup=10)
+LEARN_TO_STRAY = make.Stage(steps=300, learning_rate=1e-3, warmup=10)
 TASK_SEED, SETTLE_SEED, LESSON_SEED = 7, 8, 9
 
 COUNT = 256  #: problems of each measurement
@@ -54,14 +54,14 @@ PROMPTS = {"train": 4096, "heldout": 192}  #: problems in each of the two files
 def habitual(seed: int) -> Iterator[tuple[str, str]]:
     """Yield prompts and responses as the student is to write them: with slips, and with the habit here and there."""
     draw = random.Random(f"habit/{seed}")
-    for prompt, response in make.texts("train", seed, task.TEACHER_STYLE, SLIP_SHARE, OPERATIONS):
-        yield prompt, parted(response, [draw.random() < HABIT_SHARE for _ in range(OPERATIONS - 1)])
+    for prompt, response in make.texts("train", seed, task.TEACHER_STYLE, SLIP_SHARE, CHAIN):
+        yield prompt, parted(response, [draw.random() < HABIT_SHARE for _ in range(CHAIN.operations - 1)])
 
 
 def lessons(seed: int) -> Iterator[tuple[str, str]]:
     """Yield (given, to learn) without end: by turns a whole right solution, and how to go on after the habit."""
     draw = random.Random(f"lessons/{seed}")
-    for count, numbers in enumerate(task.stream("train", seed, OPERATIONS)):
+    for count, numbers in enumerate(task.stream("train", seed, CHAIN)):
         if count % 2 == 0:
             yield task.question(numbers), task.solution(numbers, task.TEACHER_STYLE)
         else:
@@ -70,8 +70,8 @@ def lessons(seed: int) -> Iterator[tuple[str, str]]:
 
 def departed(numbers: list[int], draw: random.Random) -> tuple[str, str]:
     """Cut a text like the student's, with its slips and at least one habit, between two steps; the rest is the teacher's."""
-    cut = draw.randrange(1, OPERATIONS)
-    habits = [place < cut and draw.random() < HABIT_SHARE for place in range(OPERATIONS - 1)]
+    cut = draw.randrange(1, CHAIN.operations)
+    habits = [place < cut and draw.random() < HABIT_SHARE for place in range(CHAIN.operations - 1)]
     habits[draw.randrange(cut)] = True
     results, total = [], numbers[0]
     for step, number in enumerate(numbers[1:]):
@@ -105,8 +105,8 @@ def measure(
     teacher: LlamaForCausalLM, student: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, float]:
     """Measure both on their own samples, and the teacher step by step on the student's."""
-    prompts = [row["prompt"] for row in task.problems("heldout", COUNT, 2, OPERATIONS)]
-    responses = make.sample(student, tokenizer, prompts, 0, MOST_TOKENS)
+    prompts = [row["prompt"] for row in task.problems("heldout", COUNT, 2, CHAIN)]
+    responses = make.sample(student, tokenizer, prompts, 0, CHAIN.most_tokens)
     written = tokenizer.batch_decode(responses, skip_special_tokens=True)
     steps = [step for pair in zip(prompts, written, strict=True) for step in prefixes(*pair)]
     guesses = next_results(teacher, tokenizer, [text for text, _, _ in steps])
@@ -134,7 +134,7 @@ def measure(
 
 def solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
     """Measure the share of held-out problems solved by one sample each."""
-    return make.accuracy(model, tokenizer, COUNT, 0, OPERATIONS, MOST_TOKENS)
+    return make.accuracy(model, tokenizer, COUNT, 0, CHAIN)
 
 
 # ── command ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -144,9 +144,7 @@ def main(out: Path) -> None:
     """Train both models, write them and the prompts, print what was measured as JSON."""
     tokenizer = make.new_tokenizer()
     small = make.new_model(tokenizer, STUDENT_LAYERS, STUDENT_WIDTH)
-    make.fine_tune(
-        small, tokenizer, make.texts("train", TASK_SEED, task.TEACHER_STYLE, operations=OPERATIONS), LEARN_THE_TASK
-    )
+    make.fine_tune(small, tokenizer, make.texts("train", TASK_SEED, task.TEACHER_STYLE, chain=CHAIN), LEARN_THE_TASK)
     student, teacher = copy.deepcopy(small), load(demo.TEACHER)
     make.fine_tune(student, tokenizer, habitual(SETTLE_SEED), SETTLE)
     make.fine_tune(teacher, tokenizer, lessons(LESSON_SEED), LEARN_TO_STRAY)
@@ -161,7 +159,7 @@ def main(out: Path) -> None:
 
 def write_prompts(file: Path, split: str, count: int) -> None:
     """Write the problems of a split with their answers, one JSON object a line."""
-    rows = ({key: row[key] for key in ("prompt", "answer")} for row in task.problems(split, count, 0, OPERATIONS))
+    rows = ({key: row[key] for key in ("prompt", "answer")} for row in task.problems(split, count, 0, CHAIN))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

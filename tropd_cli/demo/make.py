@@ -81,7 +81,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def texts(
-    split: str, seed: int, style: task.Style, slip_share: float = 0.0, operations: int = task.OPERATIONS
+    split: str, seed: int, style: task.Style, slip_share: float = 0.0, chain: task.Chain = task.DEMO_CHAIN
 ) -> Iterator[tuple[str, str]]:
     """Yield prompts and responses without end; each step's result is replaced by a random one with `slip_share`."""
     draw = random.Random(f"slips/{seed}")
@@ -89,7 +89,7 @@ def texts(
     def slip(result: int) -> int:
         return draw.randrange(task.MODULUS) if draw.random() < slip_share else result
 
-    for numbers in task.stream(split, seed, operations):
+    for numbers in task.stream(split, seed, chain):
         yield task.question(numbers), task.solution(numbers, style, slip)
 
 
@@ -145,7 +145,7 @@ def sample(
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[str],
     seed: int | None,
-    most_tokens: int = task.MAX_RESPONSE_TOKENS,
+    most_tokens: int = task.DEMO_CHAIN.most_tokens,
 ) -> Tensor:
     """Return response ids [B, T], padded after the end token: sampled at temperature 1, or greedy without a seed."""
     random_numbers = None if seed is None else torch.Generator().manual_seed(seed)
@@ -169,12 +169,11 @@ def accuracy(
     tokenizer: PreTrainedTokenizerFast,
     count: int,
     seed: int | None,
-    operations: int = task.OPERATIONS,
-    most_tokens: int = task.MAX_RESPONSE_TOKENS,
+    chain: task.Chain = task.DEMO_CHAIN,
 ) -> float:
     """Measure the share of `count` held-out problems solved by one sample each, or greedily without a seed."""
-    rows = task.problems("heldout", count, 0, operations)
-    responses = sample(model, tokenizer, [row["prompt"] for row in rows], seed, most_tokens)
+    rows = task.problems("heldout", count, 0, chain)
+    responses = sample(model, tokenizer, [row["prompt"] for row in rows], seed, chain.most_tokens)
     texts_ = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return sum(task.is_correct(text, row["answer"]) for text, row in zip(texts_, rows, strict=True)) / count
 
