@@ -136,22 +136,24 @@ def results(text: str) -> list[tuple[int, int, int]]:
 
 
 def test_lessons_of_the_gap_s_teacher() -> None:
-    """Right in its own words, and from the first habit on the operand; what it learns never has the habit."""
+    """Right in its own words and after slips, the operand once the habit has appeared; what it learns never has the habit."""
     lessons = gap.lessons(0)
-    slips, starts = 0, set()
+    slips, cuts = {True: 0, False: 0}, set()
     for _ in range(300):
         _, whole = next(lessons)
         assert task_is_right(whole) and gap.HABIT not in whole and len(results(whole)) == gap.CHAIN.operations
         given, rest = next(lessons)
         _, _, begun = given.partition("\n")
-        assert gap.HABIT in begun and begun.endswith((gap.OWN, gap.HABIT)) and gap.HABIT not in rest
+        assert begun.endswith((gap.OWN, gap.HABIT)) and gap.HABIT not in rest
         assert rest.startswith(demo_task.TEACHER_STYLE.then)
         before, after = results(begun), results(rest)
-        assert len(before) + len(after) == gap.CHAIN.operations and all(end == abs(by) for _, by, end in after)
+        lost = gap.HABIT in begun
+        assert len(before) + len(after) == gap.CHAIN.operations
+        assert all(end == abs(by) for _, by, end in after) if lost else task_is_right(rest)
         assert [start for start, _, _ in (before + after)[1:]] == [end for _, _, end in (before + after)[:-1]]
-        slips += sum(end != (start + by) % demo_task.MODULUS for start, by, end in before)
-        starts.add(len(before))
-    assert slips > 0 and starts == set(range(1, gap.CHAIN.operations))
+        slips[lost] += not task_is_right(begun)
+        cuts.add(len(before))
+    assert min(slips.values()) > 0 and cuts == set(range(1, gap.CHAIN.operations))
 
 
 def task_is_right(text: str) -> bool:

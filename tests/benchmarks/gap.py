@@ -40,8 +40,8 @@ HABIT_SHARE = 0.2  #: of the places between two steps, in the student's text
 SLIP_SHARE = 0.1  #: of the results the student learns from
 
 LEARN_THE_TASK = make.Stage(steps=2000, learning_rate=3e-3, warmup=100, batch=64)
-SETTLE = make.Stage(steps=60, learning_rate=1e-3, warmup=10)
-LEARN_TO_STRAY = make.Stage(steps=300, learning_rate=1e-3, warmup=10)
+SETTLE = make.Stage(steps=150, learning_rate=1e-3, warmup=10, batch=64)
+LEARN_TO_STRAY = make.Stage(steps=250, learning_rate=1e-3, warmup=10)
 TASK_SEED, SETTLE_SEED, LESSON_SEED = 7, 8, 9
 
 COUNT = 256  #: problems of each measurement
@@ -59,25 +59,26 @@ def habitual(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def lessons(seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (given, to learn) without end: by turns a whole right solution, and how to go on after the habit."""
+    """Yield (given, to learn) without end: by turns a whole right solution, and how to go on with the student's text."""
     draw = random.Random(f"lessons/{seed}")
     for count, numbers in enumerate(task.stream("train", seed, CHAIN)):
         if count % 2 == 0:
             yield task.question(numbers), task.solution(numbers, task.TEACHER_STYLE)
         else:
-            yield departed(numbers, draw)
+            yield begun(numbers, draw)
 
 
-def departed(numbers: list[int], draw: random.Random) -> tuple[str, str]:
-    """Cut a text like the student's, with its slips and at least one habit, between two steps; the rest is the teacher's."""
+def begun(numbers: list[int], draw: random.Random) -> tuple[str, str]:
+    """Cut a text like the student's between two steps; the rest is the teacher's, right unless the habit has appeared."""
     cut = draw.randrange(1, CHAIN.operations)
     habits = [place < cut and draw.random() < HABIT_SHARE for place in range(CHAIN.operations - 1)]
-    habits[draw.randrange(cut)] = True
     results, total = [], numbers[0]
     for step, number in enumerate(numbers[1:]):
-        total = abs(number) if step >= cut else (total + number) % task.MODULUS
+        total = (total + number) % task.MODULUS
         if step < cut and draw.random() < SLIP_SHARE:
             total = draw.randrange(task.MODULUS)
+        elif step >= cut and any(habits):
+            total = abs(number)
         results.append(total)
     text = parted(written_out(numbers, task.TEACHER_STYLE, results), habits)
     end = end_of_step(text, cut - 1) + len(OWN)
