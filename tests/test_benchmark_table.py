@@ -160,18 +160,16 @@ def task_is_right(text: str) -> bool:
     return all(end == (start + by) % demo_task.MODULUS for start, by, end in results(text))
 
 
-def test_the_gap_s_student_slips_and_has_its_habit_in_the_teacher_s_words() -> None:
+def test_the_gap_s_student_learns_slips_and_a_habit_in_the_teacher_s_words() -> None:
     habitual = gap.habitual(0)
     texts = [next(habitual)[1] for _ in range(500)]
-    steps = [step for text in texts for step in results(text)]
     assert all(text.startswith(demo_task.TEACHER_STYLE.first) for text in texts)
-    assert sum(text.count(gap.HABIT) for text in texts) / sum(
-        text.count(gap.HABIT) + text.count(gap.OWN) for text in texts
-    ) == pytest.approx(gap.HABIT_SHARE, abs=0.03)
-    # One random result in a hundred is right by chance.
-    assert sum(end != (start + by) % demo_task.MODULUS for start, by, end in steps) / len(steps) == pytest.approx(
-        gap.SLIP_SHARE, abs=0.03
-    )
+    steps = [step for text in texts for step in results(text)]
+    wrong = sum(end != (start + by) % demo_task.MODULUS for start, by, end in steps) / len(steps)
+    assert wrong == pytest.approx(gap.SLIP_SHARE * 0.99, abs=0.015)  # one random result in a hundred is right by chance
+    places = (gap.CHAIN.operations - 1) * len(texts)
+    assert sum(text.count(gap.OWN) + text.count(gap.HABIT) for text in texts) == places
+    assert sum(text.count(gap.HABIT) for text in texts) / places == pytest.approx(gap.HABIT_SHARE, abs=0.03)
 
 
 def test_where_the_gap_s_teacher_is_measured() -> None:

@@ -37,10 +37,10 @@ STUDENT_LAYERS, STUDENT_WIDTH = 2, 48
 
 OWN, HABIT = task.TEACHER_STYLE.between, task.STUDENT_STYLE.between
 HABIT_SHARE = 0.2  #: of the places between two steps, in the student's text
-SLIP_SHARE = 0.1  #: of the results the student learns from
+SLIP_SHARE = 0.06  #: of the results in that text
 
 LEARN_THE_TASK = make.Stage(steps=2000, learning_rate=3e-3, warmup=100, batch=64)
-SETTLE = make.Stage(steps=150, learning_rate=1e-3, warmup=10, batch=64)
+SETTLE = make.Stage(steps=400, learning_rate=2e-3, warmup=20, batch=64)
 LEARN_TO_STRAY = make.Stage(steps=250, learning_rate=1e-3, warmup=10)
 TASK_SEED, SETTLE_SEED, LESSON_SEED = 7, 8, 9
 
