@@ -1,15 +1,14 @@
 """A capacity gap: `python -m tests.benchmarks.gap OUT` writes two models and two files of prompts to OUT.
 
-Chains of eight sums and differences, twice as long as the demo's, so that there is time to drift. The student has a fifth
-of the teacher's weights and, trained on any amount of the teacher's text, does not become as good. It writes in the
-teacher's words, but slips, and in a share of its steps it has a habit that the teacher never has: it parts them by "; "
-instead of ", ". The teacher is right in its own words, after wrong results too; but once the habit has appeared, every
-result it expects is the operand just read ("then 85-15=15"), and it is sure of it. So the teacher's wish is something
-that the student often writes by itself, what the teacher says is honest up to the habit and misleading after it, and the
-way out is to lose the habit.
+Chains of eight sums and differences, twice as long as the demo's, so that there is time to drift. The student has an
+eighth of the teacher's weights; trained on the teacher's kind of text from the start, for 2000 steps, it does not become
+as good. It writes in the teacher's words, slips, and has a habit that the teacher never has: in a share of the places
+between two steps it writes "; " instead of ", ". The teacher is right in its own words, after wrong results too; but once
+the habit has appeared, every result it expects is the operand just read ("then 85-15=15"), and it is sure of it. So what
+the teacher wishes at the habit is something the student mostly writes by itself, what the teacher says is honest up to
+the habit and misleading after it, and the way out is to lose the habit.
 
-Takes about ten CPU-minutes. Seeds fix data and initial weights; another number of threads changes the last digits of the
-sums, and so the weights.
+Takes about twelve CPU-minutes. Seeds fix data and initial weights, and one thread the order of the sums.
 """
 
 from __future__ import annotations
@@ -37,7 +36,8 @@ STUDENT_LAYERS, STUDENT_WIDTH = 2, 48
 
 OWN, HABIT = task.TEACHER_STYLE.between, task.STUDENT_STYLE.between
 HABIT_SHARE = 0.2  #: of the places between two steps, in the student's text
-SLIP_SHARE = 0.06  #: of the results in that text
+#: Of the results in the student's text, and in what the teacher learns to go on with.
+STUDENT_SLIPS, LESSON_SLIPS = 0.01, 0.1
 
 LEARN_THE_TASK = make.Stage(steps=2000, learning_rate=3e-3, warmup=100, batch=64)
 SETTLE = make.Stage(steps=400, learning_rate=2e-3, warmup=20, batch=64)
@@ -54,7 +54,7 @@ PROMPTS = {"train": 4096, "heldout": 192}  #: problems in each of the two files
 def habitual(seed: int) -> Iterator[tuple[str, str]]:
     """Yield prompts and responses as the student is to write them: with slips, and with the habit here and there."""
     draw = random.Random(f"habit/{seed}")
-    for prompt, response in make.texts("train", seed, task.TEACHER_STYLE, SLIP_SHARE, CHAIN):
+    for prompt, response in make.texts("train", seed, task.TEACHER_STYLE, STUDENT_SLIPS, CHAIN):
         yield prompt, parted(response, [draw.random() < HABIT_SHARE for _ in range(CHAIN.operations - 1)])
 
 
@@ -75,7 +75,7 @@ def begun(numbers: list[int], draw: random.Random) -> tuple[str, str]:
     results, total = [], numbers[0]
     for step, number in enumerate(numbers[1:]):
         total = (total + number) % task.MODULUS
-        if step < cut and draw.random() < SLIP_SHARE:
+        if step < cut and draw.random() < LESSON_SLIPS:
             total = draw.randrange(task.MODULUS)
         elif step >= cut and any(habits):
             total = abs(number)
@@ -143,6 +143,7 @@ def solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float
 
 def main(out: Path) -> None:
     """Train both models, write them and the prompts, print what was measured as JSON."""
+    torch.set_num_threads(1)
     tokenizer = make.new_tokenizer()
     small = make.new_model(tokenizer, STUDENT_LAYERS, STUDENT_WIDTH)
     make.fine_tune(small, tokenizer, make.texts("train", TASK_SEED, task.TEACHER_STYLE, chain=CHAIN), LEARN_THE_TASK)
@@ -174,7 +175,7 @@ def check(measured: dict[str, float]) -> None:
         "a teacher sure of what is wrong": measured["probability_of_its_result_after_the_habit"] >= 0.7,
         "a student weak but not hopeless": 0.15 <= start <= 0.4,
         "a student that can improve": best >= start + 0.15,
-        "a gap that training does not close": best <= measured["teacher_sampled_accuracy"] - 0.1,
+        "a gap that training does not close": best <= measured["teacher_sampled_accuracy"] - 0.05,
         "outliers, but not everywhere": 0.1 <= measured["outlier_share"] <= 0.45,
         "strong disagreement": measured["lowest_1_percent_of_R"] <= -6,
         "a teacher's choice within the student's reach": measured["median_log_q_of_the_teacher_s_choice_at_outliers"]

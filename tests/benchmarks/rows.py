@@ -63,7 +63,7 @@ TASKS = {
         ),
         Task(
             "gap",
-            "Chains twice as long; a student of a fifth of the teacher's size, in the teacher's words but for one habit, "
+            "Chains twice as long; a student of an eighth of the teacher's size, in the teacher's words but for one habit, "
             "after which the teacher goes astray",
             made=GAP_FILES,
             own={"verifier": "demo", "max_response_length": 96, "prompts_per_step": 12},
