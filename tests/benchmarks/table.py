@@ -241,7 +241,9 @@ def main(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Names with , between them. Default: all.")] = None,
     steps: Annotated[int, typer.Option(help="Updates per run.")] = DEMO_PRESET["steps"],
-    models: Annotated[Path, typer.Option(help="Where tests.benchmarks.astray and tests.benchmarks.gap wrote.")] = Path("models"),
+    models: Annotated[Path, typer.Option(help="Where tests.benchmarks.astray and tests.benchmarks.gap wrote.")] = Path(
+        "models"
+    ),
     results: Annotated[Path, typer.Option(help="One line per finished run.")] = DOCS / "benchmarks.jsonl",
     page: Annotated[Path, typer.Option(help="Gets the tables.")] = DOCS / "benchmarks.md",
     only_render: Annotated[bool, typer.Option("--render", help="Run nothing.")] = False,
