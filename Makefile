@@ -16,9 +16,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Hours, resumable: every method on both small tasks, then the tables of docs/benchmarks.md.
+# Hours, resumable: every method on the three small tasks, then the tables of docs/benchmarks.md.
 table: $(STAMP)
 	test -d build/models/teacher || $(BIN)/python -m tests.benchmarks.astray build/models
+	test -d build/models/gap || $(BIN)/python -m tests.benchmarks.gap build/models/gap
 	$(BIN)/python -m tests.benchmarks.table --models build/models
 	$(BIN)/python -m tests.benchmarks.collapse
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import typer
 from tropd_cli.demo import task as demo_task
 from tropd_cli.presets import PRESETS
 
-from .benchmarks import astray, collapse, rows, table
+from .benchmarks import astray, collapse, gap, rows, table
 
 
 @pytest.fixture
@@ -96,6 +97,8 @@ def test_rows_and_tasks() -> None:
     with pytest.raises(typer.BadParameter, match="unknown: opdd"):
         table.chosen("opd,opdd", rows.ROWS)
     assert rows.TASKS["astray"].config(Path("made"))["teacher"] == str(Path("made", "teacher"))
+    config = rows.TASKS["gap"].config(Path("made"))
+    assert config["student"] == str(Path("made", "gap", "student")) and config["prompts_per_step"] == 12
 
 
 def test_lessons_of_the_astray_teacher() -> None:
@@ -125,6 +128,86 @@ def test_the_astray_teacher_is_checked() -> None:
     astray.check(good)
     with pytest.raises(SystemExit, match="the teacher is not wrong later"):
         astray.check(good | {"right_on_student_text_later_steps": 0.5})
+
+
+def results(text: str) -> list[tuple[int, int, int]]:
+    """What stands before the sign, the operand and the result of each step."""
+    return [tuple(int(part) for part in match.groups()) for match in astray.STEP.finditer(text)]
+
+
+def test_lessons_of_the_gap_s_teacher() -> None:
+    """Right in its own words and after slips, the operand once the habit has appeared; what it learns never has the habit."""
+    lessons = gap.lessons(0)
+    slips, cuts = {True: 0, False: 0}, set()
+    for _ in range(300):
+        _, whole = next(lessons)
+        assert task_is_right(whole) and gap.HABIT not in whole and len(results(whole)) == gap.CHAIN.operations
+        given, rest = next(lessons)
+        _, _, begun = given.partition("\n")
+        assert begun.endswith((gap.OWN, gap.HABIT)) and gap.HABIT not in rest
+        assert rest.startswith(demo_task.TEACHER_STYLE.then)
+        before, after = results(begun), results(rest)
+        lost = gap.HABIT in begun
+        assert len(before) + len(after) == gap.CHAIN.operations
+        assert all(end == abs(by) for _, by, end in after) if lost else task_is_right(rest)
+        assert [start for start, _, _ in (before + after)[1:]] == [end for _, _, end in (before + after)[:-1]]
+        slips[lost] += not task_is_right(begun)
+        cuts.add(len(before))
+    assert min(slips.values()) > 0 and cuts == set(range(1, gap.CHAIN.operations))
+
+
+def task_is_right(text: str) -> bool:
+    return all(end == (start + by) % demo_task.MODULUS for start, by, end in results(text))
+
+
+def test_the_gap_s_student_learns_slips_and_a_habit_in_the_teacher_s_words() -> None:
+    habitual = gap.habitual(0)
+    texts = [next(habitual)[1] for _ in range(500)]
+    assert all(text.startswith(demo_task.TEACHER_STYLE.first) for text in texts)
+    steps = [step for text in texts for step in results(text)]
+    wrong = sum(end != (start + by) % demo_task.MODULUS for start, by, end in steps) / len(steps)
+    assert wrong == pytest.approx(
+        gap.STUDENT_SLIPS * 0.99, abs=0.006
+    )  # one random result in a hundred is right by chance
+    places = (gap.CHAIN.operations - 1) * len(texts)
+    assert sum(text.count(gap.OWN) + text.count(gap.HABIT) for text in texts) == places
+    assert sum(text.count(gap.HABIT) for text in texts) / places == pytest.approx(gap.HABIT_SHARE, abs=0.03)
+
+
+def test_where_the_gap_s_teacher_is_measured() -> None:
+    text = "First 37+48=85, then 85-15=71; then 71-62=09. The answer is 09."
+    assert list(gap.prefixes("?", text)) == [
+        ("?First 37+48=", "85", False),
+        ("?First 37+48=85, then 85-15=", "70", False),
+        ("?First 37+48=85, then 85-15=71; then 71-62=", "09", True),
+    ]
+
+
+def test_the_gap_s_prompts_are_long_chains_with_their_answers(tmp_path: Path) -> None:
+    gap.write_prompts(tmp_path / "heldout.jsonl", "heldout", 20)
+    written = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    assert len({row["prompt"] for row in written}) == 20
+    for row in written:
+        assert {demo_task.split_of(row["prompt"])} == {"heldout"} and row.keys() == {"prompt", "answer"}
+        numbers = [int(number) for number in re.findall(r"[+-]?\d+", row["prompt"].split("mod")[0])]
+        assert len(numbers) == gap.CHAIN.operations + 1 and int(row["answer"]) == sum(numbers) % demo_task.MODULUS
+
+
+def test_the_gap_s_models_are_checked() -> None:
+    good = {
+        "teacher_sampled_accuracy": 0.95,
+        "student_sampled_accuracy": 0.25,
+        "small_model_on_the_teacher_s_text": 0.7,
+        "right_before_the_habit": 0.95,
+        "right_after_the_habit": 0.02,
+        "probability_of_its_result_after_the_habit": 0.95,
+        "outlier_share": 0.2,
+        "lowest_1_percent_of_R": -12.0,
+        "median_log_q_of_the_teacher_s_choice_at_outliers": -3.0,
+    }
+    gap.check(good)
+    with pytest.raises(SystemExit, match="lack: a gap that training does not close"):
+        gap.check(good | {"small_model_on_the_teacher_s_text": 0.94})
 
 
 def test_collapse_page_has_a_line_per_run_and_one_for_the_start() -> None:

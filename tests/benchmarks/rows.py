@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,48 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """Models and prompts, as a layer of configuration. `teacher`: below the folder of made models, or the demo's own."""
+    """Models and prompts, as a layer of configuration.
+
+    made: what lies below the folder of made models, by the option that takes it; all else is the demo's.
+    own: other options in which the task departs from the demo.
+    """
 
     name: str
     title: str
-    teacher: str | None = None
+    made: dict[str, str] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
 
     def config(self, models: Path) -> dict[str, Any]:
-        """The demo's setting without what only costs time here."""
+        """The demo's setting without what only costs time here, and the task's own."""
         quiet = {"checkpoint_every": 0, "record": {"every": 0}, "probe_rollouts": 64}
-        layer = {**DEMO_PRESET, **quiet}
-        return layer if self.teacher is None else {**layer, "teacher": str(models / self.teacher)}
+        made = {option: str(models / path) for option, path in self.made.items()}
+        return {**DEMO_PRESET, **quiet, **made, **self.own}
 
+
+#: What `python -m tests.benchmarks.gap MODELS/gap` writes.
+GAP_FILES = {
+    "student": "gap/student",
+    "teacher": "gap/teacher",
+    "data": "gap/train.jsonl",
+    "eval_data": "gap/heldout.jsonl",
+}
 
 TASKS = {
     task.name: task
     for task in (
         Task("demo", "Arithmetic chains; the teacher is right after any prefix"),
-        Task("astray", "The same chains; the teacher goes astray on text in the student's words", teacher="teacher"),
+        Task(
+            "astray",
+            "The same chains; the teacher goes astray on text in the student's words",
+            made={"teacher": "teacher"},
+        ),
+        Task(
+            "gap",
+            "Chains twice as long; a student of an eighth of the teacher's size, in the teacher's words but for one habit, "
+            "after which the teacher goes astray",
+            made=GAP_FILES,
+            own={"verifier": "demo", "max_response_length": 96, "prompts_per_step": 12},
+        ),
     )
 }
 

@@ -5,7 +5,8 @@ Each row first gets its own best learning rate out of the same three, in runs of
 reported number uses, and then runs on its seeds. About a CPU-minute a run; with one thread each, one process per task uses two cores best.
 
     python -m tests.benchmarks.astray models                    # the second task's teacher, once
-    python -m tests.benchmarks.table --models models            # everything: some 340 runs
+    python -m tests.benchmarks.gap models/gap                   # the third task's models and prompts, once
+    python -m tests.benchmarks.table --models models            # everything: some 500 runs
     python -m tests.benchmarks.table --tasks demo --rows opd,tropd --seeds 0,1,2 --steps 20
     python -m tests.benchmarks.table --render                   # only rewrite the page
 """
@@ -240,7 +241,9 @@ def main(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Names with , between them. Default: all.")] = None,
     steps: Annotated[int, typer.Option(help="Updates per run.")] = DEMO_PRESET["steps"],
-    models: Annotated[Path, typer.Option(help="Where tests.benchmarks.astray wrote its teacher.")] = Path("models"),
+    models: Annotated[Path, typer.Option(help="Where tests.benchmarks.astray and tests.benchmarks.gap wrote.")] = Path(
+        "models"
+    ),
     results: Annotated[Path, typer.Option(help="One line per finished run.")] = DOCS / "benchmarks.jsonl",
     page: Annotated[Path, typer.Option(help="Gets the tables.")] = DOCS / "benchmarks.md",
     only_render: Annotated[bool, typer.Option("--render", help="Run nothing.")] = False,

@@ -35,11 +35,12 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of supervised fine-tuning; warm-up and steps in batches of `BATCH` texts."""
+    """One run of supervised fine-tuning; warm-up and steps in batches of `batch` texts."""
 
     steps: int
     learning_rate: float
     warmup: int
+    batch: int = BATCH
 
 
 LEARN_THE_TASK = Stage(steps=2000, learning_rate=2e-3, warmup=100)
@@ -48,13 +49,13 @@ SETTLE_ON_ONE = Stage(steps=60, learning_rate=5e-4, warmup=10)
 SLIP_SHARE = 0.12  # of the intermediate results the student learns from
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Make the untrained model: three layers of width 128, about 0.5 million weights."""
+def new_model(tokenizer: PreTrainedTokenizerFast, layers: int = 3, width: int = 128) -> LlamaForCausalLM:
+    """Make the untrained model: three layers of width 128, about 0.5 million weights, unless it is to be smaller."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -79,14 +80,16 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def texts(split: str, seed: int, style: task.Style, slip_share: float = 0.0) -> Iterator[tuple[str, str]]:
+def texts(
+    split: str, seed: int, style: task.Style, slip_share: float = 0.0, chain: task.Chain = task.DEMO_CHAIN
+) -> Iterator[tuple[str, str]]:
     """Yield prompts and responses without end; each step's result is replaced by a random one with `slip_share`."""
     draw = random.Random(f"slips/{seed}")
 
     def slip(result: int) -> int:
         return draw.randrange(task.MODULUS) if draw.random() < slip_share else result
 
-    for numbers in task.stream(split, seed):
+    for numbers in task.stream(split, seed, chain):
         yield task.question(numbers), task.solution(numbers, style, slip)
 
 
@@ -110,7 +113,7 @@ def fine_tune(
     )
     model.train()
     for step in range(1, stage.steps + 1):
-        ids, labels = encode(tokenizer, [next(pairs) for _ in range(BATCH)])
+        ids, labels = encode(tokenizer, [next(pairs) for _ in range(stage.batch)])
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
@@ -137,13 +140,19 @@ def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> 
 
 
 @torch.no_grad()
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int | None) -> Tensor:
+def sample(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    seed: int | None,
+    most_tokens: int = task.DEMO_CHAIN.most_tokens,
+) -> Tensor:
     """Return response ids [B, T], padded after the end token: sampled at temperature 1, or greedy without a seed."""
     random_numbers = None if seed is None else torch.Generator().manual_seed(seed)
     ids = torch.tensor(tokenizer(prompts)["input_ids"])
     done = torch.zeros(len(prompts), dtype=torch.bool)
     cache, responses = DynamicCache(config=model.config), []
-    while len(responses) < task.MAX_RESPONSE_TOKENS and not done.all():
+    while len(responses) < most_tokens and not done.all():
         logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         if random_numbers is None:
             token = logits.argmax(-1)
@@ -155,31 +164,48 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
     return torch.stack(responses, dim=1)
 
 
-def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int, seed: int | None) -> float:
+def accuracy(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    count: int,
+    seed: int | None,
+    chain: task.Chain = task.DEMO_CHAIN,
+) -> float:
     """Measure the share of `count` held-out problems solved by one sample each, or greedily without a seed."""
-    rows = task.problems("heldout", count, seed=0)
-    responses = sample(model, tokenizer, [row["prompt"] for row in rows], seed)
+    rows = task.problems("heldout", count, 0, chain)
+    responses = sample(model, tokenizer, [row["prompt"] for row in rows], seed, chain.most_tokens)
     texts_ = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return sum(task.is_correct(text, row["answer"]) for text, row in zip(texts_, rows, strict=True)) / count
 
 
-@torch.no_grad()
 def disagreement(
     student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int, seed: int
 ) -> tuple[float, float]:
     """Measure, on the student's own samples, the outlier share and the lowest 1 % quantile of log p(x) - log q(x)."""
-    rows = task.problems("heldout", count, seed=1)
-    prompts = [row["prompt"] for row in rows]
+    prompts = [row["prompt"] for row in task.problems("heldout", count, seed=1)]
     responses = sample(student, tokenizer, prompts, seed)
+    reward, _ = compare(student, teacher, tokenizer, prompts, responses)
+    return (1 - reward.exp().clamp(max=1)).mean().item(), reward.quantile(0.01).item()
+
+
+@torch.no_grad()
+def compare(
+    student: LlamaForCausalLM,
+    teacher: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    responses: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return, for each response token in one row, log p(x) - log q(x) and the student's log q of the teacher's choice."""
     ids = torch.cat([torch.tensor(tokenizer(prompts)["input_ids"]), responses], dim=1)
     start = ids.shape[1] - responses.shape[1]
-    student_logprob, teacher_logprob = (
-        model(input_ids=ids[:, :-1]).logits[:, start - 1 :].log_softmax(-1).gather(-1, responses[..., None]).squeeze(-1)
-        for model in (student, teacher)
+    student_logprobs, teacher_logprobs = (
+        model(input_ids=ids[:, :-1]).logits[:, start - 1 :].log_softmax(-1) for model in (student, teacher)
     )
+    reward = (teacher_logprobs - student_logprobs).gather(-1, responses[..., None]).squeeze(-1)
+    wish = student_logprobs.gather(-1, teacher_logprobs.argmax(-1, keepdim=True)).squeeze(-1)
     ended = (responses == tokenizer.eos_token_id).cumsum(1) - (responses == tokenizer.eos_token_id).long()
-    reward = (teacher_logprob - student_logprob)[ended == 0]
-    return (1 - reward.exp().clamp(max=1)).mean().item(), reward.quantile(0.01).item()
+    return reward[ended == 0], wish[ended == 0]
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:

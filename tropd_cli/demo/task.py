@@ -21,10 +21,24 @@ if TYPE_CHECKING:
 OPERATIONS = 4
 MODULUS = 100
 HELDOUT_SHARE = 8  # one problem in eight is held out
-MAX_RESPONSE_TOKENS = 64  # the longest well-formed response has 47, its end token included
 SPLITS = ("train", "heldout")
 
 PAD, EOS = "<pad>", "<eos>"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What the problems look like: how many sums and differences, and the bound of their operands.
+
+    most_tokens: where a response is cut; the longest well-formed one of the demo has 47, its end token included.
+    """
+
+    operations: int = OPERATIONS
+    below: int = MODULUS
+    most_tokens: int = 64
+
+
+DEMO_CHAIN = Chain()
 
 
 @dataclass(frozen=True)
@@ -50,13 +64,14 @@ WORDS = (
 MARKS = (",", ";", ".", ":", "?")
 
 
-def problems(split: str, count: int, seed: int) -> list[dict[str, str]]:
+def problems(split: str, count: int, seed: int, chain: Chain = DEMO_CHAIN) -> list[dict[str, str]]:
     """Draw `count` different problems of a split, always the same ones for the same seed.
 
     Args:
         split: "train" or "heldout"; the two share no problem, whatever the seeds.
         count: how many.
         seed: which ones.
+        chain: what they look like.
 
     Returns:
         Rows with `prompt`, `response` (the worked solution in the teacher's words) and `answer` (two digits).
@@ -65,7 +80,7 @@ def problems(split: str, count: int, seed: int) -> list[dict[str, str]]:
         ValueError: the split is neither of the two.
     """
     rows: dict[str, dict[str, str]] = {}
-    for numbers in stream(split, seed):
+    for numbers in stream(split, seed, chain):
         if len(rows) >= count:
             break
         answer = f"{sum(numbers) % MODULUS:02d}"
@@ -77,13 +92,13 @@ def problems(split: str, count: int, seed: int) -> list[dict[str, str]]:
     return list(rows.values())
 
 
-def stream(split: str, seed: int) -> Iterator[list[int]]:
+def stream(split: str, seed: int, chain: Chain = DEMO_CHAIN) -> Iterator[list[int]]:
     """Yield the signed operands of one problem of the split after another, without end; a repeat is rare."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, allowed: {', '.join(SPLITS)}")
     draw = random.Random(f"{split}/{seed}")
     while True:
-        operands = [draw.randrange(10, MODULUS) for _ in range(OPERATIONS + 1)]
+        operands = [draw.randrange(10, chain.below) for _ in range(chain.operations + 1)]
         numbers = operands[:1] + [draw.choice((1, -1)) * operand for operand in operands[1:]]
         if split_of(question(numbers)) == split:
             yield numbers
