@@ -71,12 +71,15 @@ def test_counts_shares_and_credit() -> None:
     assert summary["outlier_share_by_tenth"] == [None, 0, 0, 0, 0, 0, 1, 1, 1, 1]
 
 
-def test_what_the_teacher_wants_at_outliers_is_the_median_over_them() -> None:
-    """The last four are outliers; the first of them knows nothing of the teacher's choices."""
-    rows = toy_sample()
-    rows[6] = dataclasses.replace(rows[6], teacher_top_k=[])
-    for place, logprob in ((7, -9.0), (8, -2.0), (9, -5.0)):
-        rows[place] = dataclasses.replace(rows[place], teacher_top_k=[Choice("0", -0.1, logprob)])
+def test_what_the_teacher_wants_is_the_median_over_first_outliers() -> None:
+    """Four responses of ten tokens, the last four of them outliers; what is known of their teacher's choice differs."""
+    rows: list[TokenRow] = []
+    for number, logprob in enumerate((-9.0, -2.0, -5.0, None)):
+        response = [dataclasses.replace(row, sequence=number) for row in toy_sample()]
+        first = [] if logprob is None else [Choice("0", -0.1, logprob)]
+        response[6] = dataclasses.replace(response[6], teacher_top_k=first)
+        response[7] = dataclasses.replace(response[7], teacher_top_k=[Choice("0", -0.1, -30.0)])  # a later one
+        rows += response
     assert summary_of(rows)["wanted_logprob"] == -5.0
     assert summary_of(rows[:6])["wanted_logprob"] is None
 

@@ -12,8 +12,7 @@ Means over tokens take the student-written ones, as a run's metrics do; what has
     student_entropy, teacher_entropy: means.
     outlier_share_by_tenth: ten means over tenths of the response, from its first token to its last.
     outlier_tokens: see `frequent_outliers`.
-    wanted_logprob: median, over outliers, of the student's log-probability for the token the teacher likes best there:
-        how far what the teacher wants is out of the student's reach.
+    wanted_logprob: see `wanted_logprob`.
     outlier_credit_share: the outliers' part of the sum of |credit|.
     repetition: share of 4-grams that occurred before in their sequence. response_length: {mean, min, max}.
     finish: {eos, length, given, unknown}: sequences by how they end. truncated_share: of the sampled ones.
@@ -63,7 +62,7 @@ def summarise(sequences: Sequence[Response]) -> dict[str, Any]:
         "teacher_entropy": mean(row.teacher_entropy for row in student),
         "outlier_share_by_tenth": outlier_share_by_tenth(sequences),
         "outlier_tokens": frequent_outliers(student),
-        "wanted_logprob": wanted_logprob(student),
+        "wanted_logprob": wanted_logprob(sequences),
         "outlier_credit_share": _outlier_credit_share(student),
         "repetition": mean(map(repetition, sequences)),
         "response_length": {
@@ -163,11 +162,17 @@ def frequent_outliers(rows: Sequence[TokenRow]) -> list[dict[str, Any]]:
     return result
 
 
-def wanted_logprob(rows: Sequence[TokenRow]) -> float | None:
-    """Median student log-probability of the teacher's first choice at the outliers, nats; None where neither is known."""
-    found = [row.teacher_top_k[0].student_logprob for row in rows if row.region == "outlier" and row.teacher_top_k]
-    known = sorted(value for value in found if value is not None)
-    return quantile(known, 0.5) if known else None
+def wanted_logprob(sequences: Sequence[Response]) -> float | None:
+    """Median student log-probability of the teacher's first choice at each response's first outlier, nats; None where
+    it is not known. Where a response leaves the teacher's road: was that road within the student's reach?
+
+    Later outliers do not count: what the teacher wants there may follow from the first."""
+    found = []
+    for sequence in sequences:
+        first = next((row for row in sequence.rows if row.region == "outlier" and row.written_by == "student"), None)
+        if first is not None and first.teacher_top_k and first.teacher_top_k[0].student_logprob is not None:
+            found.append(first.teacher_top_k[0].student_logprob)
+    return quantile(sorted(found), 0.5) if found else None
 
 
 def repetition(sequence: Response) -> float | None:

@@ -198,7 +198,7 @@ def _numbers(summary: dict[str, Any]) -> Table:
 def _wanted(logprob: float | None) -> str:
     if logprob is None:
         return "–"
-    return f"{_nats(logprob)} nats: student's median for the teacher's choice at outliers"
+    return f"{_nats(logprob)} nats for the teacher's choice at a response's first outlier"
 
 
 def _forward_kl(summary: dict[str, Any]) -> str:
