@@ -152,7 +152,7 @@ function buildHead() {
     ['R, 5 % tail', nats(ratio.quantiles['0.05'], 2), `1 %: ${nats(ratio.quantiles['0.01'], 2)}, least ${nats(ratio.min, 2)}`],
     ['entropy', nats(summary.student_entropy), `student; teacher ${nats(summary.teacher_entropy)}`],
     ['outlier |credit|', percent(summary.outlier_credit_share), 'of all, as recorded'],
-    ['within reach?', nats(summary.wanted_logprob, 2), 'nats for the teacher’s choice at a response’s first outlier, median'],
+    ['within reach?', nats(summary.wanted_logprob, 2), 'nats, at the first outlier'],
     ['length', summary.response_length.mean?.toFixed(0) ?? '–', ends],
     ['repetition', percent(summary.repetition), '4-grams seen before'],
   ];
