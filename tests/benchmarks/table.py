@@ -6,7 +6,7 @@ reported number uses, and then runs on its seeds. About a CPU-minute a run; with
 
     python -m tests.benchmarks.astray models                    # the second task's teacher, once
     python -m tests.benchmarks.gap models/gap                   # the third task's models and prompts, once
-    python -m tests.benchmarks.table --models models            # everything: some 500 runs
+    python -m tests.benchmarks.table --models models            # everything: 504 runs
     python -m tests.benchmarks.table --tasks demo --rows opd,tropd --seeds 0,1,2 --steps 20
     python -m tests.benchmarks.table --render                   # only rewrite the page
 """
