@@ -39,6 +39,7 @@ class Head(nn.Module):
         """A bare linear layer without scale or soft-cap: takes the matmul path without autograd."""
         return type(self.projection) is nn.Linear and self.scale == 1.0 and self.softcap is None
 
+    @torch.no_grad()
     def logits(self, hidden: Tensor, buffer: Tensor | None) -> Tensor:
         """`forward` without gradient, into the rows of `buffer` ([at least N, V] in float32 at least, or None) where the
         head is plain. The caller may overwrite the result."""

@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
-
 from strategies import Needs
 
 from .config import Config
 from .errors import UserError
 from .models import LanguageModel
+from .pair import HOST
 
 T = TypeVar("T")
-HOST = torch.device("cpu")
 
 
 class Offload:

@@ -152,9 +152,14 @@ def check(measured: dict[str, float]) -> None:
         "wrong later": measured["right_on_student_text_later_steps"] <= 0.2,
         "and sure of it": measured["probability_of_its_result_later_steps"] >= 0.7,
     }
+    require(wanted, "the teacher is not")
+
+
+def require(wanted: dict[str, bool], lead: str) -> None:
+    """Raise SystemExit with what does not hold, after the lead."""
     missing = [name for name, holds in wanted.items() if not holds]
     if missing:
-        raise SystemExit(f"the teacher is not {', '.join(missing)}")
+        raise SystemExit(f"{lead} {', '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from tropd_cli import demo
 from tropd_cli.demo import make, task
 
-from .astray import STEP, end_of_step, load, next_results, written_out
+from .astray import STEP, end_of_step, load, next_results, require, written_out
 from .rows import TASKS
 
 #: Operands are small, or two narrow layers would take hours to learn to add; a well-formed response has 88 tokens.
@@ -181,9 +181,7 @@ def check(measured: dict[str, float]) -> None:
         "a teacher's choice within the student's reach": measured["median_log_q_of_the_teacher_s_choice_at_outliers"]
         > -8,
     }
-    missing = [name for name, holds in wanted.items() if not holds]
-    if missing:
-        raise SystemExit(f"the models lack: {', '.join(missing)}")
+    require(wanted, "the models lack:")
 
 
 if __name__ == "__main__":
